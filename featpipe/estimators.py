@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,41 +26,30 @@ from featpipe.inference import Engine, SampleList, resolve_device
 from featpipe.model import embed_samples_or_raise, raise_for_failures
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _EmbeddingEstimator(BaseEstimator):
     """Base of the three estimators: images → embeddings."""
 
-    def __init__(
-        self,
-        backbone: Any = "efficientnet_lite0",
-        *,
-        weights: str | os.PathLike[str] | None = None,
-        output: str = "pooled",
-        device: str = "auto",
-        precision: Precision = "fp32",
-        cache: str | os.PathLike[str] | None = "cache",
-        seed: int = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.weights = weights
-        self.output = output
-        self.device = device
-        self.precision = precision
-        self.cache = cache
-        self.seed = seed
+    backbone: Any = field(default="efficientnet_lite0", kw_only=False)
+    weights: str | os.PathLike[str] | None = None
+    output: str = "pooled"
+    device: str = "auto"
+    precision: Precision = "fp32"
+    cache: str | os.PathLike[str] | None = "cache"
+    seed: int = 0
 
     def _embed(self, X: Any) -> NDArray[np.float32]:
-        """Embed images, shape (n, …); through the cache if they are files."""
-        settings = self._settings()
-        backbone = _resolve_backbone(settings)
+        config = self._make_config()
+        backbone = _resolve_backbone(config)
         image_list = get_modality(backbone.modality).to_list(X)
         if self.cache is None or not all(isinstance(image, (str, os.PathLike)) for image in image_list):
-            engine = _make_engine(backbone, settings.device, settings.precision)
-            return embed_samples_or_raise(SampleList(image_list, backbone.modality), engine, settings.outputs[0])
-        features, status = embed_files(image_list, backbone, settings)
+            engine = _make_engine(backbone, config.device, config.precision)
+            return embed_samples_or_raise(SampleList(image_list, backbone.modality), engine, config.outputs[0])
+        features, status = embed_files(image_list, backbone, config)
         raise_for_failures(image_list, status)
         return np.asarray(features, np.float32)
 
-    def _settings(self) -> ExtractionConfig:
+    def _make_config(self) -> ExtractionConfig:
         return ExtractionConfig(
             backbone=self.backbone,
             weights=self.weights,
@@ -106,8 +95,8 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     """
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
-        """Load the backbone, so that a wrong name fails early. Nothing is learnt."""
-        self.n_features_out_ = int(np.prod(next(iter(_resolve_backbone(self._settings()).shapes.values()))))
+        """Load the backbone, so that a wrong name fails early; nothing is fitted."""
+        self.n_features_out_ = int(np.prod(next(iter(_resolve_backbone(self._make_config()).shapes.values()))))
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -127,35 +116,18 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
         return np.array([f"{self.output}{i}" for i in range(self.n_features_out_)], dtype=object)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _TransferEstimator(_EmbeddingEstimator):
     """Base of classifier and regressor: a head on embeddings."""
 
-    _task: str
-
-    def __init__(
-        self,
-        backbone: Any = "efficientnet_lite0",
-        head: str = "logistic",
-        *,
-        head_params: Mapping[str, object] | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        output: str = "pooled",
-        device: str = "auto",
-        precision: Precision = "fp32",
-        cache: str | os.PathLike[str] | None = "cache",
-        seed: int = 0,
-        random_state: int | None = 0,
-    ) -> None:
-        super().__init__(
-            backbone, weights=weights, output=output, device=device, precision=precision, cache=cache, seed=seed
-        )
-        self.head = head
-        self.head_params = head_params
-        self.random_state = random_state
+    head: str = field(default="logistic", kw_only=False)
+    head_params: Mapping[str, object] | None = None
+    random_state: int | None = 0
+    _task: ClassVar[str]
 
     def _fit(self, X: Any, y: NDArray[Any]) -> None:
         estimator = heads.build(self.head, self._task, params=self.head_params, random_state=self.random_state)
-        image_list = get_modality(_resolve_backbone(self._settings()).modality).to_list(X)
+        image_list = get_modality(_resolve_backbone(self._make_config()).modality).to_list(X)
         if y.ndim == 0 or len(y) != len(image_list):
             raise ValueError(
                 f"X has {len(image_list)} images, y has shape {y.shape}; give one label or target for each image"
@@ -233,37 +205,12 @@ class TransferClassifier(ClassifierMixin, _TransferEstimator):
         return np.asarray(self.head_.decision_function(self._embed(X)))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TransferRegressor(RegressorMixin, _TransferEstimator):
     """A frozen backbone and a head, as a scikit-learn regressor on images; parameters as in the classifier."""
 
+    head: str = field(default="linear", kw_only=False)
     _task = "regression"
-
-    def __init__(
-        self,
-        backbone: Any = "efficientnet_lite0",
-        head: str = "linear",
-        *,
-        head_params: Mapping[str, object] | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        output: str = "pooled",
-        device: str = "auto",
-        precision: Precision = "fp32",
-        cache: str | os.PathLike[str] | None = "cache",
-        seed: int = 0,
-        random_state: int | None = 0,
-    ) -> None:
-        super().__init__(
-            backbone,
-            head,
-            head_params=head_params,
-            weights=weights,
-            output=output,
-            device=device,
-            precision=precision,
-            cache=cache,
-            seed=seed,
-            random_state=random_state,
-        )
 
     def fit(self, X: Any, y: ArrayLike) -> TransferRegressor:
         """Embed n images, or read their embeddings from the cache, and fit the head."""
@@ -271,22 +218,20 @@ class TransferRegressor(RegressorMixin, _TransferEstimator):
         return self
 
 
-def _resolve_backbone(settings: ExtractionConfig) -> Backbone:
-    """The backbone with the one output of the settings."""
-    if isinstance(settings.backbone, Backbone):
-        return _select_output(settings.backbone, settings.outputs[0])
-    if not isinstance(settings.backbone, str):
+def _resolve_backbone(config: ExtractionConfig) -> Backbone:
+    """The backbone with the one output that the config names."""
+    if isinstance(config.backbone, Backbone):
+        return _select_output(config.backbone, config.outputs[0])
+    if not isinstance(config.backbone, str):
         raise ConfigError(
-            f"backbone is a {type(settings.backbone).__name__}; give a name, or "
+            f"backbone is a {type(config.backbone).__name__}; give a name, or "
             "featpipe.backbones.load(network, transform=…)"
         )
-    weights = None if settings.weights is None else os.fspath(settings.weights)
-    return _load_cached_backbone(
-        settings.backbone, weights, tuple(settings.outputs), settings.seed, _get_file_stamp(weights)
-    )
+    weights = None if config.weights is None else os.fspath(config.weights)
+    return _load_cached_backbone(config.backbone, weights, tuple(config.outputs), config.seed, _get_file_stamp(weights))
 
 
-# A grid search clones and fits many times; the network is read from disk and moved to the device once.
+# A grid search clones and fits many times; these caches read the network and move it to the device once.
 
 
 @lru_cache(maxsize=2)
@@ -300,14 +245,9 @@ def _load_cached_backbone(
 def _select_output(backbone: Backbone, output: str) -> Backbone:
     if backbone.outputs[0].name == output and len(backbone.outputs) == 1:
         return backbone
-    network = deepcopy(backbone.network)  # hooks remain on it
-    backbone_spec = {**backbone.request, "outputs": [output]}
-    return replace(
-        backbone,
-        network=network,
-        outputs=resolve_outputs(network, (output,), backbone.transform),
-        request=backbone_spec,
-    )
+    network = deepcopy(backbone.network)  # because the hooks of an output stay on its network
+    outputs = resolve_outputs(network, (output,), backbone.transform)
+    return replace(backbone, network=network, outputs=outputs, request={**backbone.request, "outputs": [output]})
 
 
 @lru_cache(maxsize=2)
@@ -316,7 +256,6 @@ def _make_engine(backbone: Backbone, device: str, precision: str) -> Engine:
 
 
 def _get_file_stamp(weights: str | None) -> tuple[int, int] | None:
-    """Size and modification time of a weights file; None if there is no file."""
     try:
         file_stat = os.stat(weights or "")
     except OSError:

@@ -14,6 +14,8 @@ from featpipe.config.overrides import parse_assignments, parse_settings, parse_v
 from featpipe.config.stages import (
     AUTO,
     ENGINES,
+    HEAD_OPTIMIZERS,
+    HEAD_SCHEDULES,
     PRECISIONS,
     RESAMPLING_METHODS,
     STORAGES,
@@ -56,6 +58,8 @@ from featpipe.config.validation import (
 __all__ = [
     "AUTO",
     "ENGINES",
+    "HEAD_OPTIMIZERS",
+    "HEAD_SCHEDULES",
     "PRECISIONS",
     "RESAMPLING_METHODS",
     "STORAGES",

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypedDict
 from featpipe.config.stages import (
     BadImageLimit,
     EngineName,
+    FineTuneOptimizer,
+    FineTuneSchedule,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -91,13 +93,13 @@ class FineTuneOptions(TypedDict, total=False):
     epochs: PositiveInt
     batch: PositiveInt
     accumulate: PositiveInt
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: FineTuneOptimizer
     learning_rate: PositiveFloat | Literal["find"]
     layer_decay: NonNegativeFloat
     momentum: Fraction
     weight_decay: NonNegativeFloat
     warmup: Fraction
-    schedule: Literal["cosine", "one-cycle", "constant"]
+    schedule: FineTuneSchedule
     clip: NonNegativeFloat
     precision: Literal["fp32", "bf16", "fp16"]
     label_smoothing: Fraction

@@ -17,11 +17,16 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Storage = Literal["float32", "float16"]
 EngineName = Literal["auto", "torch", "openvino"]
 ResamplingMethod = Literal["over", "under", "smote"]
+FineTuneOptimizer = Literal["adamw", "sgd"]
+FineTuneSchedule = Literal["cosine", "one-cycle", "constant"]
 TASKS: tuple[Task, ...] = get_args(Task)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 RESAMPLING_METHODS: tuple[ResamplingMethod, ...] = get_args(ResamplingMethod)
+# Neural heads have those of fine-tuning, and more; the formulas differ in warm-up and rounding.
+HEAD_OPTIMIZERS: tuple[str, ...] = (*get_args(FineTuneOptimizer), "adam")
+HEAD_SCHEDULES: tuple[str, ...] = (*get_args(FineTuneSchedule), "linear", "step")
 
 PositiveInt = Annotated[int, Range(minimum=1)]
 NonNegativeInt = Annotated[int, Range(minimum=0)]
@@ -305,13 +310,13 @@ class FineTuneConfig(Settings):
     epochs: PositiveInt = 10
     batch: PositiveInt = 32
     accumulate: PositiveInt = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: FineTuneOptimizer = "adamw"
     learning_rate: PositiveFloat | Literal["find"] = 3e-4
     layer_decay: NonNegativeFloat = 0.8
     momentum: Fraction = 0.9
     weight_decay: NonNegativeFloat = 0.01
     warmup: Fraction = 0.1
-    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
+    schedule: FineTuneSchedule = "cosine"
     clip: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     label_smoothing: Fraction = 0.0

@@ -62,12 +62,12 @@ def find_near_duplicates(
         empty: NDArray[Any] = np.zeros(0)
         return DuplicatePairs(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.float32))
     rows = np.flatnonzero(similarities[:, 0] >= threshold)
-    others, best_similarities = neighbor_indices[rows, 0], similarities[rows, 0]
+    neighbors, best_similarities = neighbor_indices[rows, 0], similarities[rows, 0]
     if within_rows:
-        is_mutual = neighbor_indices[others, 0] == rows
-        is_first_of_pair = ~is_mutual | (rows < others)
+        is_mutual = neighbor_indices[neighbors, 0] == rows
+        is_first_of_pair = ~is_mutual | (rows < neighbors)
         rows = rows[is_first_of_pair]
-        others = others[is_first_of_pair]
+        neighbors = neighbors[is_first_of_pair]
         best_similarities = best_similarities[is_first_of_pair]
     order = np.argsort(-best_similarities, kind="stable")
-    return DuplicatePairs(rows[order], others[order], best_similarities[order])
+    return DuplicatePairs(rows[order], neighbors[order], best_similarities[order])

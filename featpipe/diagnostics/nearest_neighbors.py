@@ -99,7 +99,6 @@ def _find_neighbors_within(rows: Floats, similarities: Floats, indices: NDArray[
 def _merge_top_k(
     top_similarities: Floats, top_indices: NDArray[np.int64], new_similarities: Floats, column_start: int
 ) -> None:
-    """Merge a block of similarities into the top k, in place."""
     k = top_similarities.shape[1]
     if new_similarities.shape[1] > k:
         candidate_columns = _select_candidate_columns(new_similarities, k)

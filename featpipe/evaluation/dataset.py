@@ -1,4 +1,4 @@
-"""Rows of a cache on which a model may be scored, their labels in the model's terms, and the model's training rows."""
+"""Select the rows on which a model may be scored, align their labels, and find the model's training rows."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def select_scored_rows(
     Parameters
     ----------
     models : sequence of Model
-        A row on which any of them was trained is scored for none.
+        A row on which any of them was trained is excluded for all.
     cache : FeatureCache
-        For the first model.
+        Of the first model.
     without : path-like, optional
         A table of samples that the user excludes.
 
@@ -103,8 +103,8 @@ def find_training_reference(
     model : Model
     evaluated_cache : FeatureCache
     training_cache : FeatureCache or path of one, or None
-        The cache on which the model was trained; if None, it is searched for beside the data, in `cache_folder`
-        and beside the model.
+        The cache on which the model was trained; if None, it is searched for next to the data, in `cache_folder`
+        and next to the model.
     cache_folder : Path
 
     Returns

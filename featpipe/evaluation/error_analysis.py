@@ -199,10 +199,10 @@ def _make_duplicates_finding(
     if duplicates.training is not None and reference is not None:
         n_training = len(duplicates.training)
         originals = reference.take(duplicates.training.others[:MAX_FINDING_ROWS])
-        others = list(zip(originals.ids, _format_dataset_labels(originals), strict=True))
-        rows += _make_pair_rows(duplicates.training, ids, labels, others, "training")
-    within_others = [(ids[row], labels[row]) for row in duplicates.within.others[:MAX_FINDING_ROWS].tolist()]
-    rows += _make_pair_rows(duplicates.within, ids, labels, within_others, "test")
+        training_partners = list(zip(originals.ids, _format_dataset_labels(originals), strict=True))
+        rows += _make_pair_rows(duplicates.training, ids, labels, training_partners, "training")
+    within_partners = [(ids[row], labels[row]) for row in duplicates.within.others[:MAX_FINDING_ROWS].tolist()]
+    rows += _make_pair_rows(duplicates.within, ids, labels, within_partners, "test")
     return Finding(
         "near_duplicates",
         "Near duplicates",
@@ -219,10 +219,10 @@ def _make_pair_rows(
     pairs: DuplicatePairs,
     ids: Sequence[str],
     labels: Sequence[str],
-    others: Sequence[tuple[str, str]],
+    partners: Sequence[tuple[str, str]],
     other_origin: str,
 ) -> list[dict[str, Any]]:
-    """One row for each pair whose other image is listed in `others` as (id, label)."""
+    """One row for each pair; `partners` lists its second image as (id, label)."""
     return [
         {
             "id": ids[row],
@@ -233,7 +233,7 @@ def _make_pair_rows(
             "other_label": other_label,
         }
         for row, similarity, (other_id, other_label) in zip(
-            pairs.rows.tolist(), pairs.similarities, others, strict=False
+            pairs.rows.tolist(), pairs.similarities, partners, strict=False
         )
     ]
 

@@ -53,7 +53,7 @@ def evaluate(
         Labels of the archives.
     trained_on : FeatureCache or path of one, optional
         The cache on which the model was trained; near duplicates, outliers and the learning curve need it. If not
-        given, it is searched for beside the data, in `cache` and beside the model.
+        given, it is searched for next to the data, in `cache` and next to the model.
     without : path-like, optional
         A table of samples to leave out, such as one written from the findings.
     near : float
@@ -73,11 +73,11 @@ def evaluate(
         If the labels are for another task than the model's, or have classes that it does not know.
     """
     if not 0 < near <= 1:
-        raise ConfigError(f"near is {near}; it is a cosine, from above 0 to 1")
+        raise ConfigError(f"near is {near}; give a cosine above 0, at most 1")
     models = [model, *against]
-    caches = [_open_cache(each, data, labels, cache, progress) for each in models]
-    for each, model_cache in zip(models, caches, strict=True):
-        _check_cache(each, model_cache)
+    caches = [_open_cache(compared_model, data, labels, cache, progress) for compared_model in models]
+    for compared_model, model_cache in zip(models, caches, strict=True):
+        _check_cache(compared_model, model_cache)
     _check_same_samples(caches)
     first_cache = caches[0]
     dataset, left_out = select_scored_rows(models, first_cache, without)
@@ -121,7 +121,7 @@ def _open_cache(
         raise ConfigError("there is nothing to evaluate on: give a cache, or archives")
     caches = open_caches(model, items, labels, cache, progress)
     if len(caches) > 1:
-        raise ConfigError(f"{len(caches)} caches were given; evaluate takes one cache, or archives")
+        raise ConfigError(f"{len(caches)} caches were given; give one cache, or archives")
     return caches[0]
 
 
@@ -131,7 +131,7 @@ def _check_cache(model: Model, cache: FeatureCache) -> None:
     if cache.task != model.task:
         label_kind = "no labels" if cache.task == "none" else f"labels for {cache.task}"
         raise ConfigError(
-            f"{cache.path}: has {label_kind}, the model does {model.task}; give matching labels with --labels"
+            f"{cache.path}: has {label_kind}, the model is for {model.task}; give matching labels with --labels"
         )
 
 
@@ -171,7 +171,7 @@ def _score_baseline(
     baseline_cache: FeatureCache,
     rows: NDArray[np.int64],
 ) -> BaselineModel:
-    """Score another model in its own terms, and compare the two in common terms."""
+    """Score another model on its own classes, and compare the two on the classes of both."""
     dataset = EmbeddingDataset.from_cache(baseline_cache, rows=rows, output=baseline.output)
     dataset = align_to_model(baseline, dataset)
     baseline_predicted = _predict(baseline, dataset.features)

@@ -110,7 +110,7 @@ def compute_errors_by_size(
     Raises
     ------
     ConfigError
-        If the head no longer takes the model's settings, or the training rows have changed.
+        If the head no longer accepts the model's settings, or the training rows have changed.
     """
     assert reference.cache is not None
     dataset = load_training_data(reference.cache, model.output)
@@ -132,7 +132,7 @@ def compute_errors_by_size(
 
 
 def _select_affordable_subsets(seconds: float) -> tuple[tuple[int, ...], int]:
-    """Select divisors and the number of draws that take a few seconds if fitting all rows took `seconds`.
+    """Select divisors and a number of draws that cost a few seconds if a fit to all rows took `seconds`.
 
     The time is the one recorded when the model was trained, so that the result is the same on every machine.
     """

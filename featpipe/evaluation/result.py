@@ -195,8 +195,11 @@ def describe_protocol(model: Model, cache: FeatureCache) -> dict[str, Any]:
     """Describe the evaluation protocol: which rows trained, tuned and tested the model."""
     training_info = model.history.get("trained_on", {})
     chosen = model.history.get("chosen") or {}
-    how = format_protocol(chosen.get("how", ""))
-    tuned = {"settings": chosen.get("settings"), "metric": chosen.get("metric"), "how": how}
+    tuned = {
+        "settings": chosen.get("settings"),
+        "metric": chosen.get("metric"),
+        "how": format_protocol(chosen.get("how", "")),
+    }
     return {
         "scored": "test rows of the split that came with the labels" if cache.split.any() else "all labelled rows",
         "training_rows": training_info.get("rows", len(model.trained_on)),

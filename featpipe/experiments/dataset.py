@@ -160,7 +160,7 @@ def split_cache_rows(
                 "remove since"
             )
         test_cache = cache if other_cache is None else other_cache
-        test = EmbeddingDataset.from_cache(test_cache, split="test").without_copies_of(dataset)
+        test = EmbeddingDataset.from_cache(test_cache, split="test").exclude_duplicates_of(dataset)
         excluded_table = None if config.without is None or other_cache is not None else Path(config.without)
         test = test if excluded_table is None else test.without(excluded_table)
         return dataset, TrainTestSplit(dataset.rows, test_cache, test.rows, excluded_table)
@@ -170,7 +170,7 @@ def split_cache_rows(
     table = _write_excluded_table(cache, left_out, folder / "left-out.csv") if len(left_out) else None
     # with times, a class may have images after the cut alone
     training = train.drop_absent_classes()
-    return training, TrainTestSplit(training.rows, cache, test.without_copies_of(train).rows, table)
+    return training, TrainTestSplit(training.rows, cache, test.exclude_duplicates_of(train).rows, table)
 
 
 def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Path) -> Path:

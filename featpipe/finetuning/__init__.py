@@ -1,7 +1,7 @@
-"""Fine-tuning: train the head and some of the network together, from where the probe ended.
+"""Fine-tuning: train the head and part of the network together, starting from the trained head.
 
-`train_network` trains what a `FineTuneContext` describes and returns a `TrainedNetwork`. A caller adds to the loss by
-`LossTerm`, and has more rows evaluated after each epoch by ``monitors``.
+`train_network` trains what a `FineTuneContext` describes and returns a `TrainedNetwork`. Callers add to the loss with
+`LossTerm`, and evaluate further rows after each epoch with ``monitors``.
 """
 
 from __future__ import annotations

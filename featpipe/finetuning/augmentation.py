@@ -113,8 +113,8 @@ class Augmentation:
 class AugmentedTransform(ImageTransform):
     """A transform with augmentation before the normalization: one view of each image.
 
-    A view depends only on the image, the view number and the seed, so it can be computed ahead of time, by any thread,
-    and cached like the result of a transform.
+    A view depends only on the image, the view number and the seed, so any thread can compute it ahead of time, and it
+    can be cached like the result of a transform.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ _RANDOM_FUNCTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class BatchMix:
-    """How a batch was mixed.
+    """How the rows of a batch were mixed.
 
     Attributes
     ----------

@@ -87,7 +87,7 @@ class DecodedImageDataset:
         self._reader = index.open()
         self._encoded_images = [self._read_bytes(row) for row in range(len(index))] if index.sequential else None
         self._decode = get_modality(index.modality).decode
-        self._pool = ThreadPoolExecutor(workers or available_cores(), "featpipe-pictures")
+        self._pool = ThreadPoolExecutor(workers or available_cores(), "featpipe-images")
 
     def __enter__(self) -> DecodedImageDataset:
         return self
@@ -107,7 +107,7 @@ class DecodedImageDataset:
         if digest(data) != self._digests[row].tobytes():
             name = self._index.ids[row]
             raise SampleError(
-                f"{name}: its bytes have changed since it was embedded; run the same command again",
+                f"{name}: the bytes have changed since the image was embedded; run the same command again",
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
@@ -115,11 +115,10 @@ class DecodedImageDataset:
             return self._transform(image, epoch)
 
     def _read_bytes(self, row: int) -> bytes:
-        """The encoded image."""
         try:
             return self._reader.read(row)
         except SampleError:
-            if self._index.sequential:  # all images are read ahead, this one is not trained on
+            if self._index.sequential:  # all images are read ahead, also those that are not trained on
                 return b""
             raise
 

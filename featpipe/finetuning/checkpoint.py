@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, trainer: Trainer, state: TrainingState, run_conf
     tensors = {f"now/{name}": tensor for name, tensor in trainer.trained_tensors().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in state.best_weights.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in state.ema_weights.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in _optimizer_tensors(state).items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in _collect_optimizer_tensors(state).items()}
     document = {
         "format": CHECKPOINT_FORMAT,
         "asked": run_config,
@@ -73,10 +73,10 @@ def load_checkpoint(path: Path, trainer: Trainer, run_config: Mapping[str, Any])
             document = json.loads(file.metadata()[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if document["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {document['format']!r}")
+            raise ValueError(f"format {document['format']!r} instead of {CHECKPOINT_FORMAT!r}")
     except _DAMAGE_ERRORS as error:
         raise ModelError(
-            f"{path}: is damaged or no checkpoint ({' '.join(str(error).split())[:200]}); start over with --restart"
+            f"{path}: is damaged or not a checkpoint ({' '.join(str(error).split())[:200]}); start over with --restart"
         ) from None
     changed_settings = describe_differences(document["asked"], json.loads(json.dumps(run_config)))
     if changed_settings:
@@ -108,7 +108,7 @@ def _restore_state(trainer: Trainer, document: Mapping[str, Any], tensors: Mappi
     return state
 
 
-def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+def _collect_optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors = {}
     for group in state.optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):

@@ -33,7 +33,7 @@ NO_ROWS = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, eq=False)
 class FineTuneContext:
-    """What one fine-tuning run works on: the model, its images, the settings, and what a caller adds to the training.
+    """The inputs of one fine-tuning run: the model, its images, the settings, and the caller's loss terms and monitors.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class FineTuneContext:
     cache_folder : path-like
         Where caches are kept.
     out : path-like or None
-        Where the model will be saved; the checkpoint lies beside it. Without it there is no checkpoint.
+        Where the model will be saved; the checkpoint is next to it. If None, there is no checkpoint.
     progress : callable
     distributed : DistributedContext
     epoch_callback : callable or None
@@ -61,7 +61,7 @@ class FineTuneContext:
     logit_adjustment : ndarray of shape (k,) or None
         Added to the logits in the loss alone.
     extra_config : mapping
-        Whatever else determines the training, JSON data; a checkpoint with other values is refused.
+        Everything else that determines the training, as JSON data; a checkpoint with other values is refused.
     """
 
     model: Model
@@ -122,7 +122,7 @@ class FineTuneContext:
 
 
 def checkpoint_path_for(out: str | os.PathLike[str]) -> Path:
-    """Where the checkpoint of a model that will be saved at ``out`` lies."""
+    """The checkpoint file of a model that will be saved at ``out``."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 

@@ -26,7 +26,7 @@ BARRIER_TIMEOUT = timedelta(days=2)  # the others wait while the main process ex
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The place of this process among those that train together.
+    """The rank of this process among those that train together.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class DistributedContext:
 
 @contextmanager
 def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """Join the processes that torchrun started; a process that was started by itself is alone."""
+    """Join the processes that torchrun started; without torchrun, the group is this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not distributed.is_available():
         yield DistributedContext()
@@ -107,7 +107,7 @@ def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
 
 
 def resolve_process_device(name: str) -> torch.device:
-    """The device of this process: of several processes on one machine each has its own GPU."""
+    """The device of this process; of several processes on one machine, each has its own GPU."""
     device = resolve_device(name)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
         device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")

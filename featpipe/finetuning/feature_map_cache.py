@@ -1,8 +1,8 @@
 """Cached feature maps: the output of the frozen part of a network, computed once and trained on in place of images.
 
-The frozen part gives the same maps in every epoch. They are extracted as embeddings are, with the same engine, parts
-and cache format, so an interrupted run loses nothing and a second run computes nothing again. The view number is part
-of the transform, and so of the cache's fingerprint.
+The frozen part gives the same maps in every epoch. They are extracted like embeddings, with the same engine and cache
+format, so an interrupted run loses nothing and a second run reuses all of them. The view number is part of the
+transform, and so of the cache's fingerprint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from featpipe.storage import compute_fingerprint
 BACKWARD_COST = 2  # relative to the forward pass
 MIN_CACHING_GAIN = 1.2  # a smaller reduction of work is not worth the disk space
 MAX_DISK_SHARE = 0.5  # of the free space: parts and the cache that is made of them exist at the same time
-MIXING_NOT_CACHEABLE = "mixup and cutmix mix images, and the frozen part would have to process each mixture"
+MIXING_NOT_CACHEABLE = "mixup and cutmix mix images, so the frozen part has to process each mixture"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CacheEstimate:
     ----------
     worthwhile : bool
     reason : str
-        In words.
+        An explanation.
     n_bytes : int
         On disk.
     gain : float
@@ -90,13 +90,13 @@ def estimate_caching_gain(
         return CacheEstimate(False, "the work of the frozen part could not be counted", needed_bytes, 1)
     trained_work = (1 + BACKWARD_COST) * max(0, total_work - frozen_work)
     gain = n_epochs * (frozen_work + trained_work) / (n_views * frozen_work + n_epochs * trained_work)
-    free_bytes = shutil.disk_usage(_existing_ancestor(folder)).free
+    free_bytes = shutil.disk_usage(_find_existing_ancestor(folder)).free
     frozen_part = f"the frozen part, {frozen_work / total_work:.0%} of a forward pass,"
     size_text, gain_text = f"{needed_bytes / 1e6:,.1f} MB", f"{gain:.1f} times less work"
     worthwhile = False
     if gain < MIN_CACHING_GAIN:
         schedule_text = f"{n_epochs} epochs of {n_views} view{'s' * (n_views > 1)}"
-        reason = f"caching {frozen_part} for {schedule_text} would be {gain_text}"
+        reason = f"caching {frozen_part} for {schedule_text} would save too little: {gain_text}"
     elif needed_bytes > MAX_DISK_SHARE * free_bytes:
         reason = f"the maps of {frozen_part} would take {size_text}, and {free_bytes / 1e6:,.1f} MB are free"
     else:
@@ -165,7 +165,7 @@ def make_feature_map_dataset(
     settings: Any = None,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureMapDataset:
-    """Compute the feature maps of some rows, as far as no cache has them, and open them.
+    """Open the feature maps of some rows, and compute those that no cache has.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def make_feature_map_dataset(
         view_settings = ExtractionConfig.from_settings(
             {"storage": storage, **(settings or {}), "backbone": view_backbone, "outputs": (partition.output,)}
         )
-        extraction_settings = replace(view_settings, out=_cache_path(selected_index, view_backbone, view_settings))
+        extraction_settings = replace(view_settings, out=_make_cache_path(selected_index, view_backbone, view_settings))
         caches.append(
             extract_index(selected_index, view_backbone, extraction_settings, progress, require_readable=False)
         )
@@ -205,8 +205,7 @@ def make_feature_map_dataset(
     return FeatureMapDataset(partition.upper, caches, rows)
 
 
-def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfig) -> Path:
-    """The cache file of these images and this view."""
+def _make_cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfig) -> Path:
     identity = [compute_fingerprint(make_facts(view_backbone, settings)), *list_archive_paths(index)]
     path_digest = sha256("\n".join(identity).encode("utf-8", "replace"))
     for name in index.ids:
@@ -214,8 +213,7 @@ def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfi
     return Path(settings.cache) / f"boundary-{path_digest.hexdigest()[:16]}.h5"
 
 
-def _existing_ancestor(folder: str | os.PathLike[str]) -> Path:
-    """The folder, or the nearest parent that exists."""
+def _find_existing_ancestor(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder).absolute()
     return next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
 

@@ -1,4 +1,4 @@
-"""`finetune`: train some of a model's network together with its head, and compare with the head alone."""
+"""`finetune`: train part of a model's network together with its head, and compare with the head alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finetune(
     progress: ProgressCallback = ignore_progress,
     **settings: Unpack[FineTuneOptions],
 ) -> FineTuningResult:
-    """Train some of a model's backbone together with its head, and compare with the head alone.
+    """Train part of a model's backbone together with its head, and compare with the head alone.
 
     The new layer starts as the model's own head, so the first predictions are the model's. The model and the fine-tuned
     model are compared on held-out test images; if the model was trained on some of them, the same head is fitted again
@@ -53,15 +53,15 @@ def finetune(
     ----------
     model : Model or path of one
     archives : path-like or sequence of path-like
-        Labelled images of the model's classes, as :func:`featpipe.extract` takes them.
+        Labelled images of the model's classes, as for :func:`featpipe.extract`.
     labels : path-like or Table, optional
     cache : path-like
         The folder for embeddings of both backbones.
     out : path-like, optional
-        Where the model is saved, with its backbone's weights; the checkpoint lies beside it. If the same call has
+        Where the model is saved, with its backbone's weights; the checkpoint is next to it. If the same call has
         written that file before, it is reused.
     resume : bool
-        Go on from the checkpoint, if there is one.
+        Resume from the checkpoint, if there is one.
     tensorboard : path-like, optional
         A folder for losses and scores by epoch, for TensorBoard.
     progress : callable
@@ -81,14 +81,14 @@ def finetune(
     CacheError
         If the images have no labels.
     KeyboardInterrupt
-        If the training was interrupted; the same call goes on from its checkpoint.
+        If the training was interrupted; the same call resumes it from the checkpoint.
 
     Examples
     --------
     >>> finetune("photos.model", "photos/", unfreeze="last", out="photos.tuned.model")       # doctest: +SKIP
     """
     tuning = FineTuneConfig.from_settings(settings)
-    Augmentation.from_dict(tuning.augmentation)  # refuses unknown ones before any work
+    Augmentation.from_dict(tuning.augmentation)  # refuse unknown names before any work
     model = model if isinstance(model, Model) else load_model(model)
     if out is not None:
         Model.check_target(out)
@@ -138,7 +138,6 @@ def _load_finished(context: FineTuneContext) -> FineTuningResult | None:
 
 
 def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head: InitialHead) -> FineTuningResult:
-    """Compare probe and fine-tuned model on the test rows, and save the better one."""
     context, model, splits = trained.context, trained.context.model, trained.context.splits
     record = {"from": model.identity, "request": context.run_digest}
     finetuned = trained.to_model(start_model=start_model, history={"finetuning": record})
@@ -210,7 +209,9 @@ def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbon
 
 def _load_untrained_backbone(context: FineTuneContext, backbone: Backbone) -> Backbone:
     if ":" in backbone.name:
-        raise ConfigError(f"weights=none: {backbone.name} is a custom network; give an untrained one instead")
+        raise ConfigError(
+            f"weights=none is for built-in backbones, not for the custom network {backbone.name}; give an untrained one"
+        )
     outputs = [output.name for output in backbone.outputs]
     untrained = backbones.load(backbone.name, weights="none", outputs=outputs, seed=context.tuning.seed)
     return replace(backbone, network=untrained.network, digest=untrained.digest, origin=untrained.origin)

@@ -131,14 +131,14 @@ def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in
     Returns
     -------
     HeadLayers or None
-        None if the head has neither layers nor scores. Scores are assumed to be linear: the caller has to compare
+        None if the head has neither layers nor scores. Scores are assumed to be linear: the caller must compare
         predictions.
     """
     scaler, head = pipeline[0], pipeline[-1]
     can_fold_scaler = len(pipeline) == 2 and (scaler == "passthrough" or hasattr(scaler, "scale_"))
     estimator, layers = head if can_fold_scaler else pipeline, None
     if isinstance(head, _TORCH_HEADS) and can_fold_scaler:
-        layers = _torch_head_to_layers(head)
+        layers = _convert_torch_head(head)
     elif task == "regression":
         layers = _evaluate_linear_layer(lambda X: np.reshape(estimator.predict(X), (len(X), -1)), in_features)
     elif hasattr(head, "decision_function"):
@@ -146,14 +146,14 @@ def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in
     if layers is None:
         return None
     if can_fold_scaler and scaler != "passthrough":
-        layers = layers.fold_input_scaling(*_scaler_parameters(scaler, in_features))
+        layers = layers.fold_input_scaling(*_get_scaler_parameters(scaler, in_features))
     if calibration is not None:
         offsets = np.asarray(calibration.offsets) if calibration.offsets else 0.0
         layers = layers.fold_output_scaling(1 / calibration.temperature, offsets)
     return layers.center_logits() if task == "classification" else layers
 
 
-def _torch_head_to_layers(head: Any) -> HeadLayers:
+def _convert_torch_head(head: Any) -> HeadLayers:
     weights = [np.asarray(coef.T, np.float64) for coef in head.coefs_]
     biases = [np.asarray(intercept, np.float64) for intercept in head.intercepts_]
     if hasattr(head, "classes_") and not head.multilabel_ and len(head.classes_) == 2:
@@ -173,7 +173,7 @@ def _evaluate_linear_layer(score_function: Callable[[Array], Array], in_features
     return HeadLayers((np.concatenate(weight_blocks).T.copy(),), (bias,))
 
 
-def _scaler_parameters(scaler: Any, in_features: int) -> tuple[Array, Array]:
+def _get_scaler_parameters(scaler: Any, in_features: int) -> tuple[Array, Array]:
     mean = scaler.mean_ if getattr(scaler, "with_mean", False) else None
     scale = scaler.scale_
     return np.zeros(in_features) if mean is None else mean, np.ones(in_features) if scale is None else scale
@@ -226,7 +226,7 @@ class InitialHead:
     target_mean, target_std : ndarray of shape (t,), float64
         0 and 1 in classification.
     description : str
-        Where the layers come from, in words.
+        Where the layers come from, for logs.
     """
 
     layers: HeadLayers
@@ -240,7 +240,7 @@ class InitialHead:
 
 
 def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> InitialHead:
-    """Layers with a model's own predictions; if it has no such form, a linear head fitted in its place.
+    """Layers with the predictions of a model's head; if it cannot be converted, a linear head is fitted instead.
 
     Parameters
     ----------
@@ -253,17 +253,17 @@ def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> In
     compared_rows, d = X[:MAX_COMPARED_ROWS], X.shape[1]
     layers = head_to_layers(model.head, model.task, model.calibration, d)
     description = f"the layer starts as the {model.head_name} head of the model"
-    if layers is None or not _predictions_agree(
-        _predict_with_layers(layers, model.task, compared_rows), _predict_with_model(model, compared_rows)
+    if layers is None or not _do_predictions_agree(
+        _predict_with_layers(layers, model.task, compared_rows), predict_with_model(model, compared_rows)
     ):
         name = "ridge" if model.task == "regression" else "logistic"
         pipeline = heads.build(name, model.task).fit(X, y)
         layers = head_to_layers(pipeline, model.task, None, d)
         assert layers is not None
         description = (
-            f"the layer starts as a {name} head fitted on the embeddings: {model.head_name} is not a network layer"
+            f"the layer starts as a {name} head fitted on the embeddings: {model.head_name} cannot become a layer"
         )
-    target_mean, target_std = _target_statistics(y) if model.task == "regression" else (np.zeros(1), np.ones(1))
+    target_mean, target_std = _compute_target_statistics(y) if model.task == "regression" else (np.zeros(1), np.ones(1))
     return InitialHead(
         layers.fold_output_scaling(1 / target_std, -target_mean / target_std), target_mean, target_std, description
     )
@@ -277,19 +277,19 @@ def _predict_with_layers(layers: HeadLayers, task: str, X: NDArray[np.floating])
     return np.asarray(expit(scores) if task == "multilabel" else softmax(scores, axis=1))
 
 
-def _predict_with_model(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The same from the model itself."""
+def predict_with_model(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities of shape (m, k), or numbers of shape (m, t)."""
     if model.task == "regression":
-        return np.asarray(model.predict_features(X)).reshape(len(X), -1)
+        return np.asarray(model.predict_features(X), np.float64).reshape(len(X), -1)
     return model.predict_proba_features(X)
 
 
-def _predictions_agree(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+def _do_predictions_agree(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
     """Whether predictions agree to `PREDICTION_TOLERANCE`, relative to values above 1."""
     return a.shape == b.shape and bool(np.abs(a - b).max() <= PREDICTION_TOLERANCE * max(1.0, float(np.abs(b).max())))
 
 
-def _target_statistics(y: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _compute_target_statistics(y: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     targets = np.asarray(y, np.float64).reshape(len(y), -1)
     std = targets.std(axis=0)
     return targets.mean(axis=0), np.where(std > 0, std, 1.0)

@@ -47,7 +47,7 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
     state : TrainingState
         New, or loaded from a checkpoint.
     save : callable
-        Called with the state from time to time, after each epoch, and on an interrupt.
+        Called with the state every two minutes, after each epoch, and on an interrupt.
 
     Raises
     ------
@@ -112,7 +112,6 @@ def _train_epoch(trainer: Trainer, state: TrainingState, save: SaveCallback, sto
 
 
 def _record_epoch(trainer: Trainer, state: TrainingState, loss: float, rate: float) -> None:
-    """Evaluate after an epoch, or before the first one, and add the record to the curve."""
     validation_loss, validation_score = evaluate_validation(trainer, state)
     metrics = evaluate_monitors(trainer, state)
     epoch = EpochRecord(state.epoch, loss, validation_loss, validation_score, rate, metrics)
@@ -160,7 +159,7 @@ def compute_gradients(
             total_loss = torch.zeros((), device=trainer.device)
             for micro_batch in np.array_split(np.arange(len(rows)), min(state.pieces, max(1, len(rows)))):
                 if len(micro_batch):
-                    loss = _micro_batch_loss(trainer, rows, inputs, mix, micro_batch) / global_batch_size
+                    loss = _compute_micro_batch_loss(trainer, rows, inputs, mix, micro_batch) / global_batch_size
                     state.scaler.scale(loss).backward()
                     total_loss += loss.detach()
             break
@@ -181,7 +180,7 @@ def compute_gradients(
     return float(total_loss), torch.nn.utils.get_total_norm([p.grad for p in active_parameters if p.grad is not None])
 
 
-def _micro_batch_loss(
+def _compute_micro_batch_loss(
     trainer: Trainer, rows: NDArray[np.int64], inputs: Tensor, mix: BatchMix, micro_batch: NDArray[np.int64]
 ) -> Tensor:
     """The weighted loss, summed over some rows of a batch."""
@@ -189,7 +188,7 @@ def _micro_batch_loss(
 
     def weighted_loss(loss_rows: NDArray[np.int64]) -> Tensor:
         weights = trainer.targets.select(loss_rows, trainer.device)[1]
-        return (_row_losses(trainer, scores, loss_rows, trainer.tuning.label_smoothing) * weights).sum()
+        return (_compute_row_losses(trainer, scores, loss_rows, trainer.tuning.label_smoothing) * weights).sum()
 
     loss = weighted_loss(rows[micro_batch])
     if mix.partner is None:
@@ -197,7 +196,9 @@ def _micro_batch_loss(
     return mix.lam * loss + (1 - mix.lam) * weighted_loss(rows[mix.partner[micro_batch]])
 
 
-def _row_losses(trainer: Trainer, scores: Tensor, rows: NDArray[np.int64], label_smoothing: float = 0.0) -> Tensor:
+def _compute_row_losses(
+    trainer: Trainer, scores: Tensor, rows: NDArray[np.int64], label_smoothing: float = 0.0
+) -> Tensor:
     """The loss of each row, shape (b,), with the trainer's loss terms."""
     losses = trainer.loss_function.per_row_loss(scores, trainer.targets.select(rows, scores.device)[0], label_smoothing)
     losses = losses.mean(dim=1) if losses.ndim == 2 else losses
@@ -234,7 +235,7 @@ def evaluate_validation(trainer: Trainer, state: TrainingState) -> tuple[float, 
         scores = predict_scores(trainer, trainer.validation_data, trainer.validation_rows)
         penalty = trainer.penalty()
     Y, weights = trainer.targets.select(trainer.validation_rows, torch.device("cpu"))
-    loss = (_row_losses(trainer, scores, trainer.validation_rows) * weights).sum() / weights.sum() + (
+    loss = (_compute_row_losses(trainer, scores, trainer.validation_rows) * weights).sum() / weights.sum() + (
         0.0 if penalty is None else float(penalty)
     )
     variance = Y.var(dim=0, correction=0) if trainer.loss_function.link == "identity" else None
@@ -283,7 +284,7 @@ def _step_seed(*numbers: int) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU, torch raises a plain RuntimeError."""
+    """Whether an error means that memory ran out; on a CPU, torch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in ("not enough memory", "can't allocate memory")
     )

@@ -1,4 +1,4 @@
-"""What a caller may add to the training loss."""
+"""Terms that callers add to the training loss."""
 
 from __future__ import annotations
 

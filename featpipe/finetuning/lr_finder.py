@@ -15,11 +15,11 @@ from featpipe.runtime import Progress
 
 logger = logging.getLogger(__name__)
 
-MIN_RATE, MAX_RATE = 1e-6, 1.0
-MAX_STEPS = 60
+MIN_TRIED_RATE, MAX_TRIED_RATE = 1e-6, 1.0
+MAX_FINDER_STEPS = 60
 LOSS_SMOOTHING = 0.9
-DIVERGENCE_RATIO = 3.0  # stop when the loss exceeds so many times the lowest one
-RATE_DIVISOR = 10.0  # Smith 2017 takes a rate well below the one with the lowest loss
+DIVERGENCE_RATIO = 3.0  # stop when the loss exceeds this multiple of the lowest
+RATE_DIVISOR = 10.0  # Smith 2017 uses a rate well below the one with the lowest loss
 
 
 def find_learning_rate(trainer: Trainer) -> float:
@@ -32,17 +32,19 @@ def find_learning_rate(trainer: Trainer) -> float:
     ConfigError
         If no rate reduces the loss.
     """
-    initial_weights, state = clone_tensors(trainer.trained_tensors()), TrainingState.init(trainer, MIN_RATE)
+    initial_weights, state = clone_tensors(trainer.trained_tensors()), TrainingState.init(trainer, MIN_TRIED_RATE)
     active_parameters = trainer.unfreeze_for_epoch(trainer.tuning.epochs)
     batches = [
-        rows for epoch in range(-(-MAX_STEPS // trainer.steps_per_epoch)) for rows in trainer.epoch_batches(epoch)
-    ][:MAX_STEPS]
-    smoothed_loss, lowest_loss, lowest_loss_rate, first_loss = 0.0, math.inf, MIN_RATE, math.inf
+        rows
+        for epoch in range(-(-MAX_FINDER_STEPS // trainer.steps_per_epoch))
+        for rows in trainer.epoch_batches(epoch)
+    ][:MAX_FINDER_STEPS]
+    smoothed_loss, lowest_loss, lowest_loss_rate, first_loss = 0.0, math.inf, MIN_TRIED_RATE, math.inf
     with torch.random.fork_rng(enabled=True):
         for step_index, (rows, inputs) in enumerate(
             prefetch_batches(trainer.train_data, [trainer.distributed.shard(rows) for rows in batches], 0)
         ):
-            rate = MIN_RATE * (MAX_RATE / MIN_RATE) ** (step_index / max(1, len(batches) - 1))
+            rate = MIN_TRIED_RATE * (MAX_TRIED_RATE / MIN_TRIED_RATE) ** (step_index / max(1, len(batches) - 1))
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group["share"]
             torch.manual_seed(step_index)

@@ -65,13 +65,17 @@ def schedule_factor(step: int, total_steps: int, tuning: FineTuneConfig) -> floa
     warmup_steps = round((tuning.warmup or (ONE_CYCLE_WARMUP_SHARE if one_cycle else 0)) * total_steps)
     if step < warmup_steps:
         progress = (step + 1) / warmup_steps
-        return ONE_CYCLE_START_FACTOR + (1 - ONE_CYCLE_START_FACTOR) * _cosine_ramp(progress) if one_cycle else progress
+        return (
+            ONE_CYCLE_START_FACTOR + (1 - ONE_CYCLE_START_FACTOR) * _compute_cosine_ramp(progress)
+            if one_cycle
+            else progress
+        )
     if tuning.schedule == "constant":
         return 1.0
-    decay_factor = 1 - _cosine_ramp((step - warmup_steps) / max(1, total_steps - warmup_steps))
+    decay_factor = 1 - _compute_cosine_ramp((step - warmup_steps) / max(1, total_steps - warmup_steps))
     return ONE_CYCLE_END_FACTOR + (1 - ONE_CYCLE_END_FACTOR) * decay_factor if one_cycle else decay_factor
 
 
-def _cosine_ramp(fraction: float) -> float:
+def _compute_cosine_ramp(fraction: float) -> float:
     """From 0 to 1 along half a cosine."""
     return (1 - math.cos(math.pi * fraction)) / 2

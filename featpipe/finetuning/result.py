@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
+from featpipe.finetuning.head_layers import predict_with_model
 from featpipe.metrics import METRICS, Interval, Scores, compare_paired, mcnemar_test, nan_to_none, score
 from featpipe.model import Model
 
@@ -49,7 +50,7 @@ class ProbeComparison:
         return low is not None and high is not None and not low <= 0 <= high
 
     def verdict(self) -> str:
-        """The comparison in one sentence."""
+        """Summarize the comparison in one sentence."""
         row = next(row for row in self.metrics if row["name"] == self.main)
         name, p = METRICS[self.main].title.lower(), row["p"]
         change = f"{name} {_format_interval(row['probe'])} → {_format_interval(row['tuned'])}"
@@ -132,14 +133,14 @@ class FineTuningResult:
     model : Model
         The fine-tuned model, or the unchanged probe.
     kept : {"fine-tuned", "probe"}
-        Which of them it is.
+        Which of the two `model` is.
     comparison : ProbeComparison
     curve : list of dict
         For each epoch, 0 being before the first step: ``number``, ``loss``, ``validation_loss``, ``validation_score``,
         ``rate``.
     best_epoch : int
     notes : tuple of str
-        Splits and start of the training, in words.
+        The splits, and what training started from.
     images : dict
         Numbers of ``training``, ``validation`` and ``test`` images; empty in earlier files.
     """
@@ -200,7 +201,4 @@ def _format_p(p: float | None) -> str:
 
 def predict_rows(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Probabilities or numbers of shape (m, k), from the embeddings of a cache."""
-    X = np.asarray(cache.features(model.output)[rows], np.float32)
-    if model.task == "regression":
-        return np.asarray(model.predict_features(X), np.float64).reshape(len(rows), -1)
-    return model.predict_proba_features(X)
+    return predict_with_model(model, np.asarray(cache.features(model.output)[rows], np.float32))

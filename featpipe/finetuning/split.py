@@ -36,7 +36,7 @@ class Splits:
         For each row of the archive: class codes of shape (n,), targets of shape (n, t), or 0 and 1 of shape (n, k).
         Arbitrary for rows in none of the splits.
     description : str
-        In words.
+        For logs and notes.
     """
 
     train: NDArray[np.int64]
@@ -54,8 +54,8 @@ class Splits:
 def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Splits:
     """Split the labelled, readable rows of a cache.
 
-    As the labels mark them; a missing validation or test split is held out of the training rows. The split of a row
-    depends only on the bytes of its image.
+    Rows are split as the labels mark them; a missing validation or test split is held out of the training rows. The
+    split of a row depends only on the bytes of its image.
 
     Raises
     ------
@@ -66,13 +66,13 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
     """
     dataset = _load_dataset(model, cache)
     if not len(dataset):
-        raise CacheError(f"{cache.path}: no row is labelled and readable")
+        raise CacheError(f"{cache.path}: no row is labelled and readable; give images with labels")
     train = dataset.marked("train") if cache.split[dataset.rows].any() else dataset
     if not len(train):
-        raise CacheError(f"{cache.path}: the labels mark no row for training")
-    validation = dataset.marked("validation").without_copies_of(train)
-    test = dataset.marked("test").without_copies_of(train).without_copies_of(dataset.marked("validation"))
-    marked_names = [name for name, side in (("validation", validation), ("test", test)) if len(side)]
+        raise CacheError(f"{cache.path}: the labels mark no row for training; mark some as train")
+    validation = dataset.marked("validation").exclude_duplicates_of(train)
+    test = dataset.marked("test").exclude_duplicates_of(train).exclude_duplicates_of(dataset.marked("validation"))
+    marked_names = [name for name, marked in (("validation", validation), ("test", test)) if len(marked)]
     if not len(test):
         train, test = _hold_out(train, tuning.test, SplitSeed.FINETUNING_TEST)
     if not len(validation):
@@ -97,7 +97,9 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
 
 def _hold_out(dataset: EmbeddingDataset, fraction: float, seed: SplitSeed) -> tuple[EmbeddingDataset, EmbeddingDataset]:
     if not fraction:
-        raise ConfigError("test and validation must be above 0: without them nothing can be measured")
+        raise ConfigError(
+            "test and validation must be above 0: the models are compared on test images; give shares such as 0.2"
+        )
     train_rows, test_rows = dataset.make_holdout(fraction, seed=seed)
     return dataset.take(train_rows), dataset.take(test_rows)
 
@@ -107,15 +109,15 @@ def _load_dataset(model: Model, cache: FeatureCache) -> EmbeddingDataset:
     if cache.task != model.task:
         labels_text = "no labels" if cache.task == "none" else f"labels for {cache.task}"
         raise CacheError(
-            f"{cache.path}: has {labels_text}, the model does {model.task}; give fitting labels with --labels"
+            f"{cache.path}: has {labels_text}, the model is for {model.task}; give matching labels with --labels"
         )
     dataset = EmbeddingDataset.from_cache(cache)
     unknown_classes = [name for name in dataset.list_present_classes() if name not in model.classes]
     missing_classes = [name for name in model.classes if name not in cache.classes]
     if unknown_classes:
         raise ConfigError(
-            f"{cache.path}: has {_format_names('class', unknown_classes)}, which the model does not know; add it with "
-            "`featpipe expand` first, or remove those images"
+            f"{cache.path}: has {_format_names('class', unknown_classes)}, which the model does not know; add them "
+            "with `featpipe expand` first, or remove those images"
         )
     if missing_classes:
         raise ConfigError(
@@ -158,7 +160,7 @@ def refit_without(
     if not model.was_trained_on(cache.digests[excluded_rows]).any():
         return model
     dataset = make_dataset(model, cache, splits.y, training_rows)
-    head_name, params = _head_settings(model)
+    head_name, params = _get_head_settings(model)
     config = TrainingConfig(
         head=head_name,
         params=params,
@@ -167,7 +169,9 @@ def refit_without(
         random_state=model.history.get("random_state", 0),
         calibrate=model.calibration is not None and model.calibration.temperature != 1,
     )
-    text = f"the model was trained on validation or test images: its head is fitted again on {len(dataset)} others"
+    text = (
+        f"the model was trained on validation or test images; its head is fitted again on {len(dataset)} other images"
+    )
     logger.info(text)
     refitted = train_head(cache, dataset, config, make_head_config(config, dataset)).to_model(cache, dataset)
     refitted.request, refitted.device = model.request, model.device
@@ -188,7 +192,7 @@ def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArr
     return EmbeddingDataset(rows, X, targets, model.classes, digests, task=model.task, cache=cache, output=model.output)
 
 
-def _head_settings(model: Model) -> tuple[str, Mapping[str, object]]:
+def _get_head_settings(model: Model) -> tuple[str, Mapping[str, object]]:
     """Name and settings of the model's head; logistic or ridge if it cannot be built from its settings."""
     params = get_head_params(model, with_chosen=model.head_name != "logistic")  # which selects its strength again
     try:

@@ -49,14 +49,14 @@ def train_network(
         With the one output that the head is on.
     initial_head : InitialHead
     resume : bool
-        Go on from the checkpoint, if there is one.
+        Resume from the checkpoint, if there is one.
 
     Raises
     ------
     ConfigError
         If nothing is left to train, or the checkpoint belongs to other settings.
     KeyboardInterrupt
-        If the training was interrupted; the same call goes on from its checkpoint.
+        If the training was interrupted; the same call resumes it from the checkpoint.
     """
     unfrozen = select_unfrozen(backbone, str(context.tuning.unfreeze))
     logger.info(unfrozen.describe(backbone.network))
@@ -138,7 +138,7 @@ def choose_memory_format(network: nn.Module, device: torch.device) -> torch.memo
 
 
 def _check_batch_norms(trainer: Trainer) -> None:
-    """Raise if batch norms would have to take statistics from one image."""
+    """Refuse settings that would give a batch norm the statistics of a single image."""
     min_piece_size = (
         min(len(rows) for rows in trainer.epoch_batches(0)) // trainer.tuning.accumulate // trainer.distributed.size
     )
@@ -151,7 +151,6 @@ def _check_batch_norms(trainer: Trainer) -> None:
 
 
 def _start_or_resume(context: FineTuneContext, trainer: Trainer, resume: bool) -> TrainingState:
-    """Run the training loop from the start, or from the checkpoint."""
     checkpoint_path, run_config = context.checkpoint_path, context.run_config
     if checkpoint_path is not None and resume and checkpoint_path.exists():
         state = checkpoint.load_checkpoint(checkpoint_path, trainer, run_config)
@@ -176,7 +175,7 @@ def _make_targets(context: FineTuneContext, initial_head: InitialHead) -> Traini
     sample_weights = np.ones(len(y)) if context.sample_weights is None else context.sample_weights
     if (context.tuning.class_weight or context.tuning.sampling) and context.model.task != "classification":
         raise ConfigError(
-            f"class_weight and sampling are for classes that exclude each other, not for {context.model.task}"
+            f"class_weight and sampling are for single-label classification, not for {context.model.task}"
         )
     if context.tuning.class_weight:
         counts = np.bincount(y[train_rows], minlength=len(context.model.classes))

@@ -140,7 +140,7 @@ def _make_replay_memory(previous: ReplayMemory | None, pipeline: Any, rows: Embe
 def _make_uncertainty(
     model: Model, finetuned: Model, train_set: EmbeddingDataset, validation_set: EmbeddingDataset
 ) -> Uncertainty:
-    """Out-of-distribution score and prediction sets, as far as the old model has them."""
+    """The out-of-distribution score and prediction sets, if the old model has them."""
     novelty = fit_novelty(train_set, model.task) if model.trust.novelty is not None else None
     if model.trust.conformal is None:
         return Uncertainty(novelty, None)

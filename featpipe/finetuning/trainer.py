@@ -1,4 +1,4 @@
-"""The trainer, which stays the same while a network is fine-tuned, and the training state, which changes."""
+"""The trainer, which is constant during fine-tuning, and the training state, which changes from step to step."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from featpipe.errors import ConfigError
 _SLICE_PATTERN = re.compile(r"layers\[(-?\d*)(?::(-?\d*))?\]")
 _STAGES_PATTERN = re.compile(r"(\d+)(?: stages?)?")
 _SHARE_PATTERN = re.compile(r"0?\.\d+|1\.0+")
-_GLOB_PATTERN = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,14 @@ class UnfrozenParameters:
     def names(self) -> tuple[str, ...]:
         return tuple(self.depth)
 
-    @property
-    def frozen_stages(self) -> tuple[Stage, ...]:
-        """The stages before the first trained one, from the input."""
-        deepest = max(self.depth.values(), default=0)
-        return self.stages[: len(self.stages) - deepest]
-
     def active_names(self, epoch: int, gradual: int) -> tuple[str, ...]:
         """The parameters trained in an epoch, from 0: one more stage every ``gradual`` epochs; all if it is 0."""
         n_active_stages = math.inf if not gradual else epoch // gradual
-        return tuple(name for name, depth in self.depth.items() if self._unfreeze_rank(depth) <= n_active_stages)
-
-    def _unfreeze_rank(self, depth: int) -> int:
-        """The rank among the trained stages, from 1 next to the head."""
-        return sorted(set(self.depth.values())).index(depth) + 1
+        depths = sorted(set(self.depth.values()))
+        return tuple(name for name, depth in self.depth.items() if depths.index(depth) < n_active_stages)
 
     def describe(self, network: nn.Module) -> str:
-        """What is trained, in words."""
+        """Describe what is trained in one line."""
         if not self.depth:
             return "only the new layer is trained"
         parameter_counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -108,12 +98,11 @@ def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
             f"unfreeze={unfreeze}: output {backbone.outputs[0].name!r} depends on none of these weights; select others"
         )
     if not depth and unfreeze.strip() != "head":
-        raise ConfigError(f"unfreeze={unfreeze}: selects no weights; give head, last, a number of stages, or all")
+        raise ConfigError(f"unfreeze={unfreeze} selects no weights; give head, last, a number of stages, or all")
     return UnfrozenParameters(network_stages, depth)
 
 
 def _select_by_term(network: nn.Module, size: tuple[int, int], network_stages: Sequence[Stage], term: str) -> set[str]:
-    """The parameters that one term selects."""
     names = [name for name, _ in network.named_parameters()]
     if term in ("head", "all", "last"):
         return {"head": set(), "all": set(names), "last": _select_last_stages(names, network_stages, 1)}[term]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featpipe.heads.knn import nearness
 from featpipe.heads.neural.losses import LossFunction
 from featpipe.heads.neural.train import forward
 from featpipe.heads.persistence import TRUSTED_TYPES, check_savable, dumps, loads
@@ -20,6 +19,7 @@ from featpipe.heads.registry import (
     get_settings,
     get_spec,
     list_heads,
+    nearness,
 )
 from featpipe.runtime import lazy_imports
 

@@ -40,7 +40,7 @@ class ExpandedClassifier(ScoredClassifier, BaseEstimator):
     n_features_in_: int
 
     def fit(self, X: Any, y: Any) -> Any:
-        raise ValueError("an expanded head cannot be fitted again; fit its old_, or a built-in head")
+        raise ValueError("an expanded head cannot be fitted; fit its base head old_, or a built-in head")
 
     def _scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
         old_scores = merge_class_scores(

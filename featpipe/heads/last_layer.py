@@ -17,7 +17,7 @@ from featpipe.heads.neural.train import forward
 
 Array = NDArray[np.float64]
 
-BLOCK_ROWS = 8192
+FEATURE_BLOCK_ROWS = 8192
 _LINEAR_HEADS = (SoftmaxRegression, SoftmaxRegressionCV, LogisticRegression)
 _TORCH_HEADS = (LinearClassifier, MLPClassifier)
 
@@ -65,9 +65,9 @@ def compute_hidden_features(head: Any, X: NDArray[Any]) -> NDArray[Any]:
     dtype = head.coefs_[-1].dtype
     coefs = [*head.coefs_[:-1], np.eye(width, dtype=dtype)]
     intercepts = [*head.intercepts_[:-1], np.zeros(width, dtype)]
-    starts = range(0, max(1, len(X)), BLOCK_ROWS)
+    starts = range(0, max(1, len(X)), FEATURE_BLOCK_ROWS)
     return np.concatenate(
-        [forward(X[start : start + BLOCK_ROWS], coefs, intercepts, head.activation) for start in starts]
+        [forward(X[start : start + FEATURE_BLOCK_ROWS], coefs, intercepts, head.activation) for start in starts]
     )
 
 
@@ -112,8 +112,8 @@ def compute_fisher_diagonal(layer: LastLayer, Z: NDArray[Any]) -> Array:
     from scipy.special import softmax
 
     fisher_sum = np.zeros((len(layer.b), layer.W.shape[1] + 1))
-    for start in range(0, len(Z), BLOCK_ROWS):
-        block = np.asarray(Z[start : start + BLOCK_ROWS], np.float64)
+    for start in range(0, len(Z), FEATURE_BLOCK_ROWS):
+        block = np.asarray(Z[start : start + FEATURE_BLOCK_ROWS], np.float64)
         probabilities = softmax(layer.compute_scores(block), axis=1)
         bernoulli_variance = probabilities * (1 - probabilities)
         fisher_sum[:, :-1] += bernoulli_variance.T @ block**2

@@ -16,7 +16,7 @@ from featpipe.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# Types that may be built in addition to numpy's and the estimators that skops knows. A constant: the file has no say.
+# Types that may be loaded in addition to those that skops trusts. A constant: a file cannot extend it.
 TRUSTED_TYPES: tuple[str, ...] = (
     "featpipe.heads.BayesianRidgeClassifier",
     "featpipe.heads.ExpandedClassifier",
@@ -31,7 +31,7 @@ TRUSTED_TYPES: tuple[str, ...] = (
     "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
 )
 
-# Names in heads saved before types had a path that does not depend on the file they are defined in, and today's names.
+# Former names of types in saved heads, and their present names.
 ALIASES: dict[tuple[str, str], tuple[str, str]] = {
     ("featpipe.heads.evidence", "EvidenceRidgeClassifier"): ("featpipe.heads", "BayesianRidgeClassifier"),
     ("featpipe.heads.grown", "GrownClassifier"): ("featpipe.heads", "ExpandedClassifier"),
@@ -45,7 +45,7 @@ ALIASES: dict[tuple[str, str], tuple[str, str]] = {
 }
 _OLD_MODULES = tuple({module.encode() for module, _ in ALIASES})
 
-# Fitted attributes that are large and that no prediction needs: d² numbers in a head that otherwise has k d.
+# Large fitted attributes that no prediction needs: d² values in a head that otherwise has k d.
 UNNEEDED_ATTRIBUTES = {"LinearDiscriminantAnalysis": ("covariance_",)}
 
 
@@ -72,7 +72,6 @@ def dumps(estimator: Any) -> bytes:
 
 
 def _drop_unneeded_attributes(estimator: Any) -> Any:
-    """The estimator, or a shallow copy without unneeded attributes."""
     if hasattr(estimator, "steps"):
         name, last_step = estimator.steps[-1]
         lean_step = _drop_unneeded_attributes(last_step)
@@ -90,7 +89,7 @@ def _drop_unneeded_attributes(estimator: Any) -> Any:
 
 
 def check_savable(estimator: Any) -> None:
-    """Refuse an estimator that cannot be saved, before it is fitted in earnest.
+    """Refuse an estimator that cannot be saved, before the time of a real fit is spent.
 
     Parameters
     ----------
@@ -142,7 +141,7 @@ def loads(data: bytes) -> Any:
         raise
     except UntrustedTypesFoundException as error:
         raise ModelError(f"the head holds a type that may not be loaded: {_format_error(error)}") from error
-    # Damaged bytes raise whatever skops, json or numpy raise first.
+    # The exception for damaged bytes depends on whether skops, json or numpy fails first.
     except Exception as error:
         raise ModelError(
             f"the head is damaged ({_format_error(error)}); copy the model again or train it again"
@@ -153,7 +152,7 @@ def loads(data: bytes) -> Any:
         if isinstance(warning.message, InconsistentVersionWarning):
             logger.warning(
                 "the head was saved with scikit-learn %s and is read with %s: predictions may differ; "
-                "compare some, or train it again",
+                "check some predictions, or train it again",
                 warning.message.original_sklearn_version,
                 warning.message.current_sklearn_version,
             )
@@ -218,5 +217,4 @@ def _rename_aliases(data: bytes) -> bytes:
 
 
 def _format_error(error: BaseException) -> str:
-    """The error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featpipe.config import TASKS, Task, unknown_name_error
 from featpipe.errors import ConfigError
-from featpipe.heads.knn import nearness
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,31 @@ class HeadSpec:
     defaults: Mapping[str, object] = field(default_factory=dict)
     grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     standardize: bool = True
+
+
+SIMILARITY_TEMPERATURE = 0.07
+
+
+def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Weights of neighbours from their cosine distances: exp(similarity / 0.07), up to a constant factor.
+
+    These are the weights of Wu, Xiong, Yu and Lin, "Unsupervised feature learning via non-parametric instance
+    discrimination" (CVPR 2018). Unlike inverse distances they do not let a copy of an image outweigh all others.
+
+    Parameters
+    ----------
+    distances : ndarray of shape (m, n_neighbors)
+
+    Returns
+    -------
+    ndarray of the same shape
+    """
+    import numpy as np  # here: the registry needs this function, and listing heads needs no numpy
+
+    return np.asarray(np.exp(-distances / SIMILARITY_TEMPERATURE))
+
+
+nearness.__module__ = "featpipe.heads"
 
 
 _FIXED_MULTILABEL: Mapping[Task, Mapping[str, object]] = {
@@ -98,7 +126,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
         grid={"shrinkage": ("auto", 0.03, 0.1, 0.3, 0.9)},
     ),
     "knn": HeadSpec(
-        summary="nearest neighbours by cosine, the nearer the more weight; keeps all training embeddings",
+        summary="nearest neighbours by cosine, nearer ones weigh more; keeps all training embeddings",
         estimators={
             "classification": "sklearn.neighbors:KNeighborsClassifier",
             "regression": "sklearn.neighbors:KNeighborsRegressor",
@@ -108,7 +136,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
         standardize=False,
     ),
     "centroid": HeadSpec(
-        summary="the class whose mean is nearest, by the spread within classes",
+        summary="nearest class mean, relative to the spread within classes",
         estimators={"classification": "sklearn.neighbors:NearestCentroid"},
         defaults={"priors": "empirical"},
         grid={"shrink_threshold": (None, 0.1, 0.3, 1.0)},
@@ -272,7 +300,6 @@ def build(
 
 
 def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], name: str) -> dict[str, object]:
-    """Translate settings to the parameter names of the pipeline."""
     short_names = {key.removeprefix("head__"): key for key in param_names}
     pipeline_params = {}
     for key, value in params.items():
@@ -298,19 +325,20 @@ def _parse_task(task: str) -> Task:
 
 
 def _infer_task(estimator_class: Any, name: str) -> Task:
-    """The task of an estimator that is not in the registry."""
     from sklearn.base import is_classifier, is_regressor
 
     if isinstance(estimator_class, type) and hasattr(estimator_class, "fit") and hasattr(estimator_class, "get_params"):
         try:
             head = estimator_class()
         except TypeError as error:
-            raise ConfigError(f"head {name!r} cannot be built without settings ({error})") from None
+            raise ConfigError(
+                f"head {name!r} cannot be built without settings ({error}); give an estimator with default settings"
+            ) from None
         if is_classifier(head):
             return "classification"
         if is_regressor(head):
             return "regression"
-    raise ConfigError(f"head {name!r} is not a classifier or regressor with the interface of scikit-learn")
+    raise ConfigError(f"head {name!r} is not a scikit-learn classifier or regressor; give the import path of one")
 
 
 def _import_object(path: str) -> Any:

@@ -43,7 +43,7 @@ def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDA
     These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
     """
     if method not in ("over", "under"):
-        raise ConfigError(f"method is {method!r}; expected over or under")
+        raise ConfigError(f"method is {method!r}; give over or under")
     samplers = _import_samplers(method)
     codes = _encode_classes(y)[1]
     if len(np.unique(codes)) < 2:
@@ -258,14 +258,14 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     @property
     def classes_(self) -> NDArray[Any]:
-        return self._fitted_estimator().classes_
+        return self._get_fitted_estimator().classes_
 
-    def _fitted_estimator(self) -> Any:
+    def _get_fitted_estimator(self) -> Any:
         check_is_fitted(self, "estimator_")
         return self.estimator_
 
     def _call_estimator(self, X: ArrayLike, method: str) -> NDArray[Any]:
-        estimator = self._fitted_estimator()
+        estimator = self._get_fitted_estimator()
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         return getattr(estimator, method)(X)
 
@@ -293,7 +293,6 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
 
 def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The sorted classes and the class code of each row."""
     array = np.asarray(y)
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
         raise ConfigError(
@@ -305,7 +304,6 @@ def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _import_samplers(method: str) -> Any:
-    """The module of imbalanced-learn with the samplers of a method."""
     try:
         from imblearn import over_sampling, under_sampling
     except ImportError as error:

@@ -47,9 +47,9 @@ def check_sample_weight(sample_weight: ArrayLike | None, n: int) -> NDArray[np.f
     if weights.ndim == 0:
         weights = np.full(n, weights)
     if weights.shape != (n,):
-        raise ValueError(f"sample_weight has shape {weights.shape}, X has {n} rows; give one weight a row")
+        raise ValueError(f"sample_weight has shape {weights.shape}, X has {n} rows; give one weight per row")
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise ValueError("sample_weight holds negative or infinite weights or only zeros; give weights of 0 or more")
+        raise ValueError("sample_weight holds negative or infinite weights, or only zeros; give weights of 0 or more")
     return weights
 
 
@@ -115,8 +115,8 @@ def encode_targets(
 def _check_label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
     if array.ndim != 2 or not np.isin(array, (0, 1)).all():
         raise ValueError(
-            f"Unknown label type: y of shape {array.shape} with several labels a row must be a matrix of 0 and 1, "
-            "one column a label; for targets that are numbers take a regressor"
+            f"Unknown label type: y of shape {array.shape} with several labels per row must be a matrix of 0 and 1, "
+            "one column per label; for numeric targets use a regressor"
         )
     return array.astype(np.int64)
 
@@ -124,15 +124,15 @@ def _check_label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
 def _encode_classes(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
         raise ValueError(
-            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold classes; for targets that "
-            "are numbers take a regressor"
+            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold classes; for numeric "
+            "targets use a regressor"
         )
     try:
         classes, codes = np.unique(array, return_inverse=True)
     except TypeError:
         raise ValueError("y mixes types or has rows without a class; leave those rows out") from None
     if len(classes) < 2:
-        raise ValueError(f"y holds one class only ({str(classes[0])!r}); a classifier needs two or more")
+        raise ValueError(f"y holds only one class ({str(classes[0])!r}); a classifier needs two or more")
     return classes, codes.astype(np.int64)
 
 
@@ -149,7 +149,7 @@ def _compute_class_weights(
     class_codes = {class_name: i for i, class_name in enumerate(classes.tolist())}
     unknown_classes = [str(name) for name in class_weight if name not in class_codes]
     if unknown_classes:
-        raise ValueError(f"class_weight names {', '.join(unknown_classes)}: not among the classes of y")
+        raise ValueError(f"class_weight names {', '.join(unknown_classes)}, which y does not contain; leave them out")
     weight_by_class = np.ones(len(classes))
     for name, weight in class_weight.items():
         weight_by_class[class_codes[name]] = weight
@@ -169,7 +169,7 @@ def _compute_label_weights(
         balanced_weights = np.where(counts.all(axis=0), weights.sum() / (2 * np.maximum(counts, 1e-300)), 1.0)
         return np.where(Y == 1, balanced_weights[1], balanced_weights[0])
     if not set(class_weight) <= {0, 1}:
-        raise ValueError("class_weight with several labels a row is by 0 and 1, for every label alike")
+        raise ValueError("class_weight of a multi-label y must have the keys 0 and 1, for all labels alike")
     return np.where(Y == 1, class_weight.get(1, 1.0), class_weight.get(0, 1.0)).astype(np.float64)
 
 

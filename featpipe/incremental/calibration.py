@@ -21,9 +21,9 @@ from featpipe.training import EmbeddingDataset, fit_novelty, update_novelty
 
 logger = logging.getLogger(__name__)
 
-N_FOLDS = 3
+N_CALIBRATION_FOLDS = 3
 MIN_CALIBRATION_ROWS = 10  # to fit a temperature
-DEFAULT_RIDGE_TEMPERATURE = 0.25  # if there are too few rows to fit it; between 0.2 on tiles and 0.3 on emoji
+DEFAULT_RIDGE_TEMPERATURE = 0.25  # with too few rows to fit it; fits gave 0.2 on tiles and 0.3 on emoji
 
 
 def calibrate(context: ExpansionContext, selected: SelectedMethod) -> tuple[Calibration | None, Uncertainty]:
@@ -74,7 +74,7 @@ def _fit_conformal(
 
 
 def _update_novelty(context: ExpansionContext, selected: SelectedMethod) -> NoveltyScorer | None:
-    """Update the out-of-distribution score with the new images; images of dropped classes stay in distribution."""
+    """Update the out-of-distribution score with the new images; images of dropped classes remain in distribution."""
     novelty, step = context.model.trust.novelty, selected.step
     if novelty is None:
         return None
@@ -130,18 +130,18 @@ def score_halves(pipeline: Any, dataset: EmbeddingDataset) -> HeldOutScores:
 def cross_fit_scores(step: IncrementalStep, method: str) -> HeldOutScores:
     """Logits by cross-fitting: each third of the rows is scored by a head that was fitted on the rest.
 
-    ``joint`` takes nothing from the old head, so its old rows are held out too. Rows of classes with fewer images than
+    ``joint`` does not use the old head, so its old rows are held out too. Rows of classes with fewer images than
     folds are never held out, since no training image might remain.
     """
     dataset = step.old + step.new if method == "joint" else step.new
-    candidates = dataset.take(dataset.count_images()[dataset.y] >= N_FOLDS)
+    candidates = dataset.take(dataset.count_images()[dataset.y] >= N_CALIBRATION_FOLDS)
     if len(candidates) < MIN_CALIBRATION_ROWS:
         return HeldOutScores()
     logits, labels = [], []
-    for _, test_rows in candidates.drop_absent_classes().make_folds(N_FOLDS):
+    for _, test_rows in candidates.drop_absent_classes().make_folds(N_CALIBRATION_FOLDS):
         held_out = candidates.take(test_rows)
-        old = step.old.without_copies_of(held_out) if method == "joint" else step.old
-        pipeline = METHODS[method].fit(replace(step, old=old, new=step.new.without_copies_of(held_out)), None)
+        old = step.old.exclude_duplicates_of(held_out) if method == "joint" else step.old
+        pipeline = METHODS[method].fit(replace(step, old=old, new=step.new.exclude_duplicates_of(held_out)), None)
         logits.append(compute_logits(pipeline, held_out.features))
         labels.append(held_out.y)
     return HeldOutScores(tuple(logits), tuple(labels))

@@ -24,7 +24,7 @@ MIN_IMAGES_TO_COMPARE = 5
 
 @dataclass(frozen=True, eq=False)
 class ExpansionContext:
-    """A model, the data to learn, and the settings.
+    """A model, the data to train on, and the settings.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class ExpansionContext:
     progress: ProgressCallback
 
     def make_step(self, data: ExpansionData) -> IncrementalStep:
-        """The problem that the methods solve, for some data."""
+        """The input of the methods, for some data."""
         model, settings, k = self.model, self.settings, len(self.class_mapping.classes)
         memory = None if model.kept is None else model.kept.remap_classes(self.class_mapping.new_codes, k)
         if memory is not None:
@@ -71,7 +71,7 @@ class ExpansionContext:
         )
 
     def resolve_policy(self, method: str) -> RetentionPolicy:
-        """As requested, else that of the old model with the number of exemplars of the settings."""
+        """The requested policy; else that of the old model, with the number of exemplars of the settings."""
         memory = self.model.kept
         if self.policy is not None:
             return self.policy
@@ -102,14 +102,16 @@ class ExpansionContext:
         if not len(data.new) and not class_mapping.new_classes and not class_mapping.changes_old_classes:
             if len(data.old):
                 raise ConfigError(
-                    f"the model was trained on all {len(data.old):,} images, and no class is new: nothing to learn"
+                    f"the model was trained on all {len(data.old):,} images, and no class is new; give new images"
                 )
-            raise ConfigError("there is no labelled image to learn; give caches or archives, --drop or --merge")
+            raise ConfigError("there are no labelled images to train on; give caches or archives, --drop or --merge")
         for new, old in find_similar_names(class_mapping.new_classes, class_mapping.classes[: class_mapping.k_old]):
             text = f"new class {new!r} looks like {old!r}; if they are the same, give --merge {old},{new}={old}"
             logger.warning(text)
         if not class_mapping.new_classes and len(data.new):
-            logger.info(f"no new class: learning {len(data.new):,} new images of {class_mapping.k_old} known ones")
+            logger.info(
+                f"no new class: training on {len(data.new):,} new images of the {class_mapping.k_old} known classes"
+            )
         self._note_similar_classes()
 
     def _note_similar_classes(self) -> None:

@@ -18,7 +18,7 @@ from featpipe.errors import ConfigError
 from featpipe.model import Model
 from featpipe.training import EmbeddingDataset
 
-TEST_FRACTION = 0.2
+HOLDOUT_FRACTION = 0.2
 MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images of a class, for some of them to be held out
 
 
@@ -49,18 +49,18 @@ class ExpansionData:
     excluded_counts: dict[str, int]
 
     def with_holdout(self) -> ExpansionData:
-        """If there is no test set, hold out some new rows for it; which ones depends on the bytes of their images."""
+        """If there is no test set, hold out some of the new rows for it, selected by the bytes of their images."""
         if self.has_test_set:
             return self
         eligible = np.flatnonzero(self.new.count_images()[self.new.y] >= MIN_IMAGES_FOR_HOLDOUT)
         if not len(eligible):
             return self
         try:
-            _, test_indices = self.new.take(eligible).make_holdout(TEST_FRACTION)
+            _, test_indices = self.new.take(eligible).make_holdout(HOLDOUT_FRACTION)
         except ConfigError:  # classes that share their few images
             return self
         held_out = self.new.take(eligible[test_indices])
-        return replace(self, new=self.new.without_copies_of(held_out), test=self.test + held_out)
+        return replace(self, new=self.new.exclude_duplicates_of(held_out), test=self.test + held_out)
 
 
 def find_labels(caches: Sequence[FeatureCache]) -> set[str]:
@@ -86,13 +86,13 @@ def load_expansion_data(
     model : Model
     class_mapping : ClassMapping
     caches : sequence of FeatureCache
-        To learn from; if the labels have a split, from the training rows, and its test rows are test rows.
+        To train on. If the labels have a split, only its training rows, and its test rows are test rows.
     test_caches : sequence of FeatureCache
         All rows are test rows; those marked ``test`` if the labels have a split.
     calibration_caches : sequence of FeatureCache
         For calibration alone; in addition to rows that the labels of other caches mark ``validation``.
     reject_renamed : bool
-        Whether to refuse a new class of which most images are known by another name.
+        Whether to refuse a new class if the model was trained on most of its images.
     """
     excluded: Counter[str] = Counter()
 
@@ -104,7 +104,7 @@ def load_expansion_data(
     test = load((cache, "test") for cache in [*caches_with_split, *test_caches])
     if reject_renamed:
         _reject_renamed_classes(model, class_mapping, learnable)
-    unseen_test = test.unseen_by(model).without_copies_of(learnable)
+    unseen_test = test.unseen_by(model).exclude_duplicates_of(learnable)
     excluded["test images that were trained on"] += len(test) - len(unseen_test)
     tests_new_classes = bool((unseen_test.y >= class_mapping.k_old).any()) or not class_mapping.new_classes
     split_caches = [cache for cache in [*caches, *test_caches] if cache.split.any()]
@@ -116,7 +116,7 @@ def load_expansion_data(
         learnable.take(~is_old),
         learnable.take(is_old),
         unseen_test,
-        calibration.unseen_by(model).without_copies_of(learnable + test),
+        calibration.unseen_by(model).exclude_duplicates_of(learnable + test),
         bool(caches_with_split) or (bool(test_caches) and tests_new_classes),
         {reason: count for reason, count in excluded.items() if count},
     )
@@ -128,7 +128,7 @@ def _load_rows(
     selections: Iterable[tuple[FeatureCache, str | None]],
     excluded: Counter[str],
 ) -> EmbeddingDataset:
-    """Rows of caches and their splits, in the new classes; an image that is in two caches is taken once."""
+    """Rows of caches and their splits, in the new classes; an image that is in two caches is used once."""
     classes, d = class_mapping.classes, int(model.head[-1].n_features_in_)
     no_rows, no_digests = np.zeros(0, np.int64), np.zeros((0, 32), np.uint8)
     dataset = EmbeddingDataset(no_rows, np.zeros((0, d), np.float32), no_rows, classes, no_digests)
@@ -139,12 +139,12 @@ def _load_rows(
         excluded["of classes without training images"] += int((codes[rows.y] == UNKNOWN).sum())
         rows = rows.recoded(codes, classes).to_memory()
         rows.check_finite()
-        dataset = dataset + rows.without_copies_of(dataset)
+        dataset = dataset + rows.exclude_duplicates_of(dataset)
     return dataset
 
 
 def _reject_renamed_classes(model: Model, class_mapping: ClassMapping, learnable: EmbeddingDataset) -> None:
-    """Raise for a new class of which most images are known by another name: it would be learnt from the rest alone."""
+    """Refuse a new class if the model was trained on most of its images: only the others would be trained on."""
     X, is_old = np.asarray(learnable.X), model.was_trained_on(learnable.digests)
     for code in range(class_mapping.k_old, len(class_mapping.classes)):
         in_class = learnable.y == code
@@ -162,7 +162,7 @@ def _reject_renamed_classes(model: Model, class_mapping: ClassMapping, learnable
 
 
 def compute_request_digest(caches: Sequence[FeatureCache], settings: Any) -> str:
-    """A digest of what determines the result besides the model: rows, labels and settings."""
+    """Digest of all that determines the result besides the model: rows, labels and settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for cache in caches:
         digest.update(cache.fingerprint.encode() + repr(cache.classes).encode())
@@ -171,7 +171,7 @@ def compute_request_digest(caches: Sequence[FeatureCache], settings: Any) -> str
     return digest.hexdigest()
 
 
-DROPPED, UNKNOWN = -1, -2  # codes of labels that no new class stands for
+DROPPED, UNKNOWN = -1, -2  # codes of labels without a class in the new model
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +255,7 @@ class ClassMapping:
         if len(classes) < 2 or not remaining_classes:
             n_old = len(remaining_classes)
             raise ConfigError(
-                f"{len(classes)} classes would remain, {n_old} of them old; two must remain, one of them old"
+                f"{len(classes)} classes would remain, {n_old} of them old; keep at least two, one of them old"
             )
         new_codes = [-1 if name in drop else remaining_classes.index(renames.get(name, name)) for name in old_classes]
         return cls(old_classes, classes, np.array(new_codes, np.int64), renames, tuple(drop))
@@ -264,16 +264,15 @@ class ClassMapping:
 def _resolve_renames(
     merge: Mapping[str, Sequence[str]], known_classes: Sequence[str], old_classes: Sequence[str], drop: Sequence[str]
 ) -> dict[str, str]:
-    """The new name of each class that is merged."""
     renames: dict[str, str] = {}
     for target, sources in merge.items():
         if isinstance(sources, str) or not sources or not target:
-            raise ConfigError(f"merge of {sources!r} into {target!r}; give a name and a list of classes")
+            raise ConfigError(f"merge is {sources!r} into {target!r}; give a name and a list of classes")
         for name in sources:
             if name not in known_classes:
                 raise unknown_name_error("class", name, known_classes, "(to merge)")
             if name in drop or name in renames:
-                raise ConfigError(f"class {name!r} is merged, and dropped or merged again; name it once")
+                raise ConfigError(f"class {name!r} is merged twice, or merged and dropped; name it once")
             renames[name] = target
         if target in old_classes and target not in sources:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""`expand`: add classes to a model, and measure what that does to the old ones."""
+"""`expand`: add classes to a model, and measure the effect on the old ones."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def expand(
 ) -> Expansion:
     """Add classes to a model (class-incremental learning).
 
-    Images that the model was trained on are recognized by their bytes, in whatever cache they are: ``joint`` trains on
-    them again, no other method learns them twice.
+    Images that the model was trained on are recognized by their bytes, in any cache. Only ``joint`` trains on them
+    again.
 
     Parameters
     ----------
@@ -79,24 +79,24 @@ def expand(
         Classes that become one, by its name.
     test : as ``data``
         Test images, never trained on. If there are none, and the labels have no split, a fifth of the new images are
-        held out for the test and learnt afterwards.
+        held out for the test and trained on afterwards.
     calibration : as ``data``
-        Images to calibrate probabilities and prediction sets, neither learnt nor tested; in addition to images that the
-        other labels mark ``validation``. Prediction sets need some of every class.
+        Images to calibrate probabilities and prediction sets, used for nothing else; in addition to images that the
+        other labels mark as ``validation``. Prediction sets need some of every class.
     keep : str, optional
-        What the new model retains, as :func:`featpipe.train` takes it; the same as this model if not given.
+        What the new model retains, as for :func:`featpipe.train`; the same as this model if not given.
     params : mapping, optional
         ``epochs``, ``selection``, ``temperature``, ``strength``, see
         :class:`featpipe.incremental.problem.ExpansionConfig`; with ``unfreeze`` also fields of
         :class:`featpipe.config.FineTuneConfig`, of which ``epochs`` is then one.
     labels, cache
-        For archives, as :func:`featpipe.extract` takes them.
+        For archives, as for :func:`featpipe.extract`.
     unfreeze : str, int or float
         Experimental: the part of the network to train too, as :class:`featpipe.config.FineTuneConfig` describes it;
-        ``head`` is none of it. For ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, with archives, without
-        ``calibration``.
+        ``head`` trains none of it. For ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, with archives and
+        without ``calibration``.
     resume : bool
-        With ``unfreeze``, go on from the checkpoint of an interrupted run.
+        With ``unfreeze``, resume an interrupted run from its checkpoint.
     out : path-like, optional
         Where the model is saved. If the same call has written that file before, it is reused.
     place : callable, optional
@@ -145,7 +145,7 @@ def expand(
         [*train_caches, *test_caches, *calibration_caches],
         (len(train_caches), len(test_caches), tuple(request_settings)),
     )
-    if (finished := _load_finished(model, request, out)) is not None:  # of which the model may be the result
+    if (finished := _load_finished(model, request, out)) is not None:  # this model itself may be the result
         return finished
     class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
@@ -173,7 +173,7 @@ def expand(
 
 def _check_task_and_method(model: Model, method: str | None) -> None:
     if model.task != "classification":
-        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
+        raise ConfigError(f"expand is for classification, and this model is for {model.task}; train a new model")
     if method is not None and method not in METHODS and method != "all":
         raise unknown_name_error("method", method, [*METHODS, "all"])
 

@@ -1,4 +1,4 @@
-"""The training loss of a last layer with more classes, and its additions that keep the old classes.
+"""The training loss of a last layer with more classes, and its terms against forgetting old classes.
 
 Losses and gradients are closed forms in float64, so the same rows give the same layer on any machine and in any order.
 """
@@ -21,7 +21,7 @@ EpochCallback = Callable[[LastLayer, float], None]
 
 @dataclass(frozen=True, eq=False)
 class DistillationTerm:
-    """The old model's answers as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
+    """The old model's predictions as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
 
     Attributes
     ----------

@@ -49,8 +49,8 @@ class TrainingCurves:
         self.epochs.append(len(self.epochs))
         self.train_loss.append(loss)
         for rows, name in ((y < k_old, "old"), (y >= k_old, "new")):
-            getattr(self, f"{name}_loss").append(_mean(losses[rows]))
-            getattr(self, f"{name}_accuracy").append(_mean(is_correct[rows]))
+            getattr(self, f"{name}_loss").append(_compute_mean(losses[rows]))
+            getattr(self, f"{name}_accuracy").append(_compute_mean(is_correct[rows]))
 
     def downsample(self) -> TrainingCurves:
         """At most `MAX_CURVE_POINTS` epochs, denser at the beginning, the last included."""
@@ -71,10 +71,10 @@ class MethodOutcome:
     old, new, all : Interval or None
         Accuracy on test rows of old, of new and of all classes; None without test rows.
     forgetting : Interval or None
-        The best accuracy that the classes of an earlier step ever had, less their accuracy now; mean over these steps.
+        The best accuracy that the classes of an earlier step ever had, minus their accuracy now; mean over these steps.
     backward : Interval or None
-        Backward transfer: the accuracy of the classes of an earlier step now, less their accuracy when they were
-        learnt; mean over these steps.
+        Backward transfer: the accuracy of the classes of an earlier step now, minus their accuracy right after that
+        step; mean over these steps.
     steps : list of float
         Accuracy on the classes of each step.
     bytes : int
@@ -172,30 +172,35 @@ class MethodEvaluator:
         is_old, draws = self.test.y < self.step.k_old, _draw_bootstrap_counts(len(is_correct))
         return MethodOutcome(
             method,
-            _accuracy_interval(is_correct, is_old, draws),
-            _accuracy_interval(is_correct, ~is_old, draws),
-            _accuracy_interval(is_correct, np.ones(len(is_correct), bool), draws),
-            self._mean_change(is_correct, draws, "best", -1.0) if is_old.any() else None,
-            self._mean_change(is_correct, draws, "learnt", 1.0) if is_old.any() else None,
-            [_mean(is_correct[self.step_numbers == number]) for number in range(self.step_numbers.max(initial=-1) + 1)],
+            _make_accuracy_interval(is_correct, is_old, draws),
+            _make_accuracy_interval(is_correct, ~is_old, draws),
+            _make_accuracy_interval(is_correct, np.ones(len(is_correct), bool), draws),
+            self._compute_mean_change(is_correct, draws, "best", -1.0) if is_old.any() else None,
+            self._compute_mean_change(is_correct, draws, "learnt", 1.0) if is_old.any() else None,
+            [
+                _compute_mean(is_correct[self.step_numbers == number])
+                for number in range(self.step_numbers.max(initial=-1) + 1)
+            ],
             **extra,
         )
 
-    def _mean_change(self, is_correct: NDArray[np.bool_], draws: Array, reference: str, sign: float) -> Interval:
+    def _compute_mean_change(
+        self, is_correct: NDArray[np.bool_], draws: Array, reference: str, sign: float
+    ) -> Interval:
         """Mean over earlier steps of the change in accuracy since then, on the same rows, with a paired interval."""
         values, samples = [], []
         for number in np.unique(self.step_numbers[self.test.y < self.step.k_old]).tolist():
             rows = self.step_numbers == number
-            accuracy_before, record = _mean(self.correct_before[rows]), self._find_step_record(number)
+            accuracy_before, record = _compute_mean(self.correct_before[rows]), self._find_step_record(number)
             earlier_change = 0.0 if record is None else accuracy_before - record[reference]
             if reference == "best":
                 earlier_change = min(earlier_change, 0.0)  # the best is at least what it had before this step
             change = is_correct[rows].astype(float) - self.correct_before[rows]
             values.append(sign * (change.mean() + earlier_change))
-            samples.append(sign * (_resampled_means(change, draws[rows]) + earlier_change))
+            samples.append(sign * (_compute_resampled_means(change, draws[rows]) + earlier_change))
         is_defined = np.isfinite(samples)
         total = np.where(is_defined, samples, 0.0).sum(axis=0)
-        return _percentile_interval(float(np.mean(values)), total / np.maximum(is_defined.sum(axis=0), 1))
+        return _make_percentile_interval(float(np.mean(values)), total / np.maximum(is_defined.sum(axis=0), 1))
 
     def _find_step_record(self, number: int) -> Mapping[str, Any] | None:
         record = self.step_records[number] if number < len(self.step_records) else {}
@@ -216,7 +221,7 @@ class MethodEvaluator:
                 records.append({"rows": "", "learnt": None, "best": None, "now": None})
                 continue
             is_earlier = (self.test.y[rows] < self.step.k_old).any()
-            learnt = before = _mean(self.correct_before[rows]) if is_earlier else accuracy
+            learnt = before = _compute_mean(self.correct_before[rows]) if is_earlier else accuracy
             best = max(accuracy, before)
             if record is not None:
                 learnt, best = record["learnt"], max(best, record["learnt"], record["best"])
@@ -225,9 +230,9 @@ class MethodEvaluator:
         return list(nan_to_none(records))
 
     def paired_difference(self, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
-        """Accuracy of one method less that of another on all test rows, with a paired interval."""
+        """Accuracy of one method minus that of another on all test rows, with a paired interval."""
         change, draws = first.astype(float) - second, _draw_bootstrap_counts(len(first))
-        return _percentile_interval(float(change.mean()), change @ draws / len(change))
+        return _make_percentile_interval(float(change.mean()), change @ draws / len(change))
 
 
 def _draw_bootstrap_counts(m: int) -> Array:
@@ -236,19 +241,21 @@ def _draw_bootstrap_counts(m: int) -> Array:
     return rng.multinomial(m, np.full(m, 1 / m), N_RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
 
 
-def _accuracy_interval(is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], draws: Array) -> Interval | None:
+def _make_accuracy_interval(is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], draws: Array) -> Interval | None:
     if not rows.any():
         return None
-    return _percentile_interval(_mean(is_correct[rows]), _resampled_means(is_correct[rows].astype(float), draws[rows]))
+    return _make_percentile_interval(
+        _compute_mean(is_correct[rows]), _compute_resampled_means(is_correct[rows].astype(float), draws[rows])
+    )
 
 
-def _resampled_means(values: Array, draws: Array) -> Array:
+def _compute_resampled_means(values: Array, draws: Array) -> Array:
     """The mean of m values in each of b resamples, shape (b,); NaN for a resample without any of them."""
     sizes = draws.sum(axis=0)
     return np.divide(values @ draws, sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)
 
 
-def _percentile_interval(value: float, samples: Array) -> Interval:
+def _make_percentile_interval(value: float, samples: Array) -> Interval:
     samples = samples[np.isfinite(samples)]
     if not len(samples):
         return Interval(value)
@@ -256,5 +263,5 @@ def _percentile_interval(value: float, samples: Array) -> Interval:
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def _mean(values: NDArray[Any]) -> float:
+def _compute_mean(values: NDArray[Any]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")

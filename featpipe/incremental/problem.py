@@ -1,4 +1,4 @@
-"""The problem that a method solves: the old head, the retained data, and the new rows."""
+"""The input of a method: the old head, the retained data, and the new rows."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class IncrementalStep:
     replay_memory : ReplayMemory or None
         The retained data of its training rows, by the codes of the new classes.
     new, old : EmbeddingDataset
-        Rows to learn, and rows that the model was trained on: all, some or none of them.
+        Rows to train on, and rows that the model was trained on: all, some or none of them.
     has_all_old_rows : bool
         Whether ``old`` are all rows that the model was trained on.
     settings : ExpansionConfig
@@ -121,7 +121,7 @@ class IncrementalStep:
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """How many images of each class the model was trained on, as far as known, shape (k,)."""
+        """Known number of images of each class that the model was trained on, shape (k,)."""
         return np.bincount(self.old.y, minlength=self.k) if self.replay_memory is None else self.replay_memory.counts
 
     def compute_features(self, X: NDArray[Any]) -> Array:

@@ -39,7 +39,8 @@ class Expansion:
     merged : dict
         New names of old classes.
     images : dict
-        Numbers of images: ``learnt``, given again of those that the model was trained on (``old``), and ``tested``.
+        Numbers of images: new ones trained on (``learnt``), given ones that the old model was trained on (``old``), and
+        test images (``tested``).
     protocol : mapping or str
         The test images, see :func:`featpipe.metrics.format_protocol`.
     before : Interval or None
@@ -68,7 +69,7 @@ class Expansion:
 
     @property
     def how(self) -> str:
-        """The test images, in words."""
+        """A description of the test images."""
         return format_protocol(self.protocol)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def build_expanded_model(
     context : ExpansionContext
     selected : SelectedMethod
     caches : sequence of str
-        Names of the caches that were learnt from.
+        Names of the caches with the training images.
     request : str
         Digest of the request.
     notes : sequence of str
@@ -188,7 +189,7 @@ def build_expanded_model(
         trust=uncertainty,
         scores={},
         history=make_history(context, selected, caches, request),
-        path=model.path if model._carries_weights else None,  # where its weights are
+        path=model.path if model._carries_weights else None,  # the file with its weights
     )
     notes = [*notes, *_make_notes(context, selected, uncertainty.conformal)]
     return make_expansion(context, selected, expanded_model, _make_protocol(context, selected), notes)
@@ -233,7 +234,7 @@ def _make_protocol(context: ExpansionContext, selected: SelectedMethod) -> dict[
 def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None) -> list[str]:
     model, class_mapping, data, notes = context.model, context.class_mapping, context.data, []
     if model.calibration is not None and model.calibration.offsets:
-        notes.append("the prior correction was for the old classes and is dropped")
+        notes.append("the prior correction is dropped, because it was for the old classes")
     if model.history.get("balance"):
         notes.append("the model was trained on resampled rows; the expansion does not resample")
     if (head_name := selected.get_head_name(model)) != model.head_name:

@@ -64,7 +64,7 @@ def update_replay_memory(
 
 
 def _select_rows(step: IncrementalStep, n: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """At most n exemplars of each class: from those retained, else from the given old rows; and from the new rows."""
+    """At most n exemplars per class: from the retained ones, else the given old rows, and from the new rows."""
     memory, new = step.replay_memory, step.new
     if not n:
         return np.zeros((0, new.X.shape[1]), np.float32), np.zeros(0, np.int32)
@@ -78,7 +78,7 @@ def _select_rows(step: IncrementalStep, n: int) -> tuple[NDArray[Any], NDArray[n
         return rows[select_exemplars(step.settings.selection, step.compute_features(X[rows]), y[rows], n)]
 
     gets_new_rows = np.isin(y, new.y)
-    if has_exemplars:  # which are ordered by importance
+    if has_exemplars:  # ordered by importance already
         selections = [np.flatnonzero(y == code)[:n] for code in np.unique(y[~gets_new_rows])]
     else:
         selections = [select(~gets_new_rows)]
@@ -156,13 +156,15 @@ def fit_to_budget(memory: ReplayMemory, budget: int, priority: str = "") -> Repl
 def compute_memory_bytes(method: str, step: IncrementalStep) -> int:
     """Bytes of the retained data that a method uses, for training or for the bias correction."""
     parts, memory = {METHODS[method].memory_part}, step.replay_memory
-    if memory is not None and (method in BIAS_CORRECTED_METHODS or method == "replay"):  # statistics give old rows
+    if memory is not None and (
+        method in BIAS_CORRECTED_METHODS or method == "replay"
+    ):  # old rows can be sampled from statistics
         parts |= {"rows"} if len(memory.rows) else set()
         parts |= {"statistics"} if memory.statistics is not None else set()
-    return sum(_part_bytes(part, step) for part in parts)
+    return sum(_count_part_bytes(part, step) for part in parts)
 
 
-def _part_bytes(part: str, step: IncrementalStep) -> int:
+def _count_part_bytes(part: str, step: IncrementalStep) -> int:
     memory, d = step.replay_memory, step.new.X.shape[1]
     if part == "rows":
         return int(step.k * step.settings.memory * d * 4)

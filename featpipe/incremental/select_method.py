@@ -82,11 +82,11 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
     }
     available = [name for name in METHODS if name not in unavailable]
     if method in unavailable:
-        raise ConfigError(f"{method} {unavailable[method]}. What works: {', '.join(available)}")
+        raise ConfigError(f"{method} {unavailable[method]}. Available methods: {', '.join(available)}")
     evaluation_data = context.data.with_holdout()
     if not len(evaluation_data.test):
         if method == "all":
-            raise ConfigError("methods are compared on test images, and there are none: give --test CACHE")
+            raise ConfigError("methods are compared on test images, and there are none; give --test CACHE")
         logger.info("there are no test images, so nothing is measured: give --test CACHE, or labels with a split")
         return SelectedMethod(method, METHODS[method].fit(full_step, None), full_step, unavailable=unavailable)
     compared = available if method == "all" else dict.fromkeys((method, *BASELINE_METHODS))
@@ -106,7 +106,6 @@ def _select_default_method(step: IncrementalStep) -> str:
 
 
 def _fit_regrouped(step: IncrementalStep) -> SelectedMethod:
-    """Drop, merge or rename classes without new images."""
     is_renaming = np.array_equal(step.class_mapping.new_codes, np.arange(len(step.class_mapping.new_codes)))
     statistics = METHODS["statistics"]
     if is_renaming or not find_statistics_kind(step.pipeline)[1] or statistics.missing_requirement(step) is not None:
@@ -143,7 +142,7 @@ def _compare_methods(
     recommended = _recommend_method(context.budget, evaluator, outcomes, correct_by_method) if method == "all" else None
     chosen = recommended or method
     ordered_outcomes = (outcomes[chosen], *(outcome for name, outcome in outcomes.items() if name != chosen))
-    needs_refit = len(evaluation_data.new) < len(context.data.new)  # held-out rows are learnt too
+    needs_refit = len(evaluation_data.new) < len(context.data.new)  # the final fit includes the held-out rows
     pipeline = METHODS[chosen].fit(full_step, None) if needs_refit else pipelines[chosen]
     return SelectedMethod(chosen, pipeline, full_step, ordered_outcomes, evaluator, recommended, unavailable)
 
@@ -154,7 +153,7 @@ def _recommend_method(
     outcomes: Mapping[str, MethodOutcome],
     correct_by_method: Mapping[str, NDArray[np.bool_]],
 ) -> str:
-    """Of the methods without old images, the one with the least retained data that is not worse beyond chance."""
+    """The method with the least retained data, baselines excepted, that is not significantly worse than the best."""
     max_bytes = math.inf if budget is None else budget
     affordable = [name for name in outcomes if name not in BASELINE_METHODS and outcomes[name].bytes <= max_bytes]
     if not affordable:

@@ -62,13 +62,13 @@ class Calibration:
         is_finite = np.isfinite([temperature, *offsets]).all()
         if not is_finite or temperature <= 0 or len(offsets) not in (0, n_classes):
             raise ValueError(
-                f"a calibration of temperature {temperature} and {len(offsets)} offsets for {n_classes} classes"
+                f"the calibration has temperature {temperature} and {len(offsets)} offsets for {n_classes} classes"
             )
         return cls(temperature, offsets)
 
 
 def compute_logits(head: Any, X: NDArray[Any]) -> Array:
-    """The scores of a classifier before the softmax, shape (m, k); with several labels a row, before the sigmoids.
+    """The scores of a classifier before the softmax, shape (m, k); of a multi-label head, before the sigmoids.
 
     The decision function if the head has one; otherwise the logarithm, or the log odds, of its probabilities.
 
@@ -82,7 +82,7 @@ def compute_logits(head: Any, X: NDArray[Any]) -> Array:
         return np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
     if not hasattr(head, "predict_proba"):
         head_name = type(head[-1] if hasattr(head, "steps") else head).__name__
-        raise ConfigError(f"{head_name} gives neither probabilities nor scores; take another head")
+        raise ConfigError(f"{head_name} gives neither probabilities nor scores; use another head")
     probabilities = np.clip(np.asarray(head.predict_proba(X), np.float64), _MIN_PROBABILITY, 1.0)
     if getattr(head, "multilabel_", False):
         return np.log(probabilities) - np.log(np.clip(1 - probabilities, _MIN_PROBABILITY, 1.0))
@@ -157,9 +157,11 @@ def compute_prior_offsets(
     """
     unknown_classes = [name for name in target_prior if name not in classes]
     if unknown_classes:
-        raise ConfigError(f"prior names {unknown_classes[0]!r}, which is not one of the {len(classes)} classes")
+        raise ConfigError(
+            f"prior names {unknown_classes[0]!r}, which is not among the {len(classes)} classes; leave it out"
+        )
     if any(not np.isfinite(share) or share <= 0 for share in target_prior.values()):
-        raise ConfigError("prior gives a share that is not above 0; leave the class out, or give it a small one")
+        raise ConfigError("prior gives a share that is not above 0; leave the class out, or give it a small share")
     training_shares = np.array([training_prior[name] for name in classes], np.float64)
     training_shares /= training_shares.sum()
     target_shares = np.array([target_prior.get(name, np.nan) for name in classes], np.float64)
@@ -168,7 +170,8 @@ def compute_prior_offsets(
         remaining_share = 1 - np.nansum(target_shares)
         if remaining_share <= 0:
             raise ConfigError(
-                f"prior gives {1 - remaining_share:g} to {len(target_prior)} of {len(classes)} classes: nothing is left"
+                f"prior gives {1 - remaining_share:g} to {len(target_prior)} of {len(classes)} classes, which leaves "
+                "nothing for the others; give smaller shares"
             )
         target_shares[is_unspecified] = (
             remaining_share * training_shares[is_unspecified] / training_shares[is_unspecified].sum()

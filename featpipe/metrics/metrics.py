@@ -98,12 +98,12 @@ def score(
     y_true, y_predicted = _check_predictions(task, y, predicted, columns)
     confusion = None
     if task == "regression":
-        class_scores = _per_target(y_true, y_predicted)
+        class_scores = _score_targets(y_true, y_predicted)
     elif task == "multilabel":
-        class_scores = _per_label(y_true, y_predicted)
+        class_scores = _score_labels(y_true, y_predicted)
     else:
-        confusion = _confusion_matrix(y_true, y_predicted)
-        class_scores = _per_class(y_true, y_predicted, confusion)
+        confusion = _count_confusions(y_true, y_predicted)
+        class_scores = _score_classes(y_true, y_predicted, confusion)
     metrics = _make_metrics(task, y_true, y_predicted, bootstrap)
     rows = zip(*(np.asarray(values).tolist() for values in class_scores.values()), strict=True)
     return Scores(
@@ -121,7 +121,7 @@ def score(
 def compute_metrics(
     task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], bootstrap: int
 ) -> tuple[dict[str, BootstrapMetric], NDArray[np.bool_] | None]:
-    """The scores of predictions, with the means to compute their intervals, and which rows are entirely right.
+    """The scores of predictions, with the statistics for their intervals, and which rows are predicted correctly.
 
     Parameters as for `score`; the second result is None for a regression.
     """
@@ -136,13 +136,13 @@ def compute_metrics(
 
 def _make_metrics(task: str, y: NDArray[Any], predicted: Floats, bootstrap: int) -> dict[str, BootstrapMetric]:
     if task == "regression":
-        return _regression_metrics(y, predicted)
+        return _make_regression_metrics(y, predicted)
     if task == "multilabel":
-        return _multilabel_metrics(y, predicted, bootstrap)
+        return _make_multilabel_metrics(y, predicted, bootstrap)
     return {
-        **_decision_metrics(y, predicted.argmax(axis=1), predicted.shape[1]),
-        **_probability_metrics(y, predicted),
-        **_ranking_metrics(y, predicted, bootstrap),
+        **_make_decision_metrics(y, predicted.argmax(axis=1), predicted.shape[1]),
+        **_make_probability_metrics(y, predicted),
+        **_make_ranking_metrics(y, predicted, bootstrap),
     }
 
 
@@ -160,7 +160,9 @@ def _check_predictions(
     if task == "classification":
         class_codes = _encode_labels(y, names, len(probabilities))
         if probabilities.min() < 0 or abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
-            raise ConfigError("probabilities: a row is negative or does not sum to 1; pass probabilities, not scores")
+            raise ConfigError(
+                "probabilities: found a row that is negative or does not sum to 1; pass probabilities, not scores"
+            )
         return class_codes, probabilities
     y_true = _check_matrix("y", y, names)
     _check_same_length(len(y_true), len(probabilities))
@@ -171,14 +173,16 @@ def _check_predictions(
     return y_true.astype(bool), probabilities
 
 
-def _confusion_matrix(class_codes: NDArray[np.intp], probabilities: Floats) -> NDArray[np.int64]:
+def _count_confusions(class_codes: NDArray[np.intp], probabilities: Floats) -> NDArray[np.int64]:
     # scikit-learn's confusion_matrix warns about a single class even if there is only one.
     k = probabilities.shape[1]
     counts = np.bincount(class_codes * k + probabilities.argmax(axis=1), minlength=k * k)
     return counts.reshape(k, k).astype(np.int64)
 
 
-def _per_class(class_codes: NDArray[np.intp], probabilities: Floats, confusion: NDArray[np.int64]) -> dict[str, Any]:
+def _score_classes(
+    class_codes: NDArray[np.intp], probabilities: Floats, confusion: NDArray[np.int64]
+) -> dict[str, Any]:
     precision, recall, f1, support = sk.precision_recall_fscore_support(
         class_codes, probabilities.argmax(axis=1), labels=np.arange(len(confusion)), zero_division=np.nan
     )
@@ -192,7 +196,7 @@ def _per_class(class_codes: NDArray[np.intp], probabilities: Floats, confusion: 
     }
 
 
-def _per_label(y_true: NDArray[np.bool_], probabilities: Floats) -> dict[str, Any]:
+def _score_labels(y_true: NDArray[np.bool_], probabilities: Floats) -> dict[str, Any]:
     predicted_labels = probabilities >= 0.5
     precision, recall, f1, support = sk.precision_recall_fscore_support(
         *_add_empty_column(y_true, predicted_labels), labels=np.arange(y_true.shape[1]), zero_division=np.nan
@@ -209,7 +213,7 @@ def _per_label(y_true: NDArray[np.bool_], probabilities: Floats) -> dict[str, An
     }
 
 
-def _per_target(y_true: Floats, y_predicted: Floats) -> dict[str, Any]:
+def _score_targets(y_true: Floats, y_predicted: Floats) -> dict[str, Any]:
     true_varies = np.ptp(y_true, axis=0) > 0
     is_rankable = true_varies & (np.ptp(y_predicted, axis=0) > 0)
     return {
@@ -230,7 +234,7 @@ def _score_columns(metric: Callable[..., float], y_true: NDArray[Any], predicted
     )
 
 
-def _decision_metrics(
+def _make_decision_metrics(
     class_codes: NDArray[np.intp], predicted: NDArray[np.intp], n_classes: int
 ) -> dict[str, BootstrapMetric]:
     rows = np.arange(len(class_codes))
@@ -243,7 +247,10 @@ def _decision_metrics(
     # With a single class no error is possible.
     n_trials, n_effective_rows = 0.0, 0.0
     if n_classes > 1:
-        n_trials, n_effective_rows = float(len(rows)), _effective_rows(np.bincount(class_codes, minlength=n_classes))
+        n_trials, n_effective_rows = (
+            float(len(rows)),
+            _count_effective_rows(np.bincount(class_codes, minlength=n_classes)),
+        )
     return {
         "accuracy": BootstrapMetric(
             sk.accuracy_score(class_codes, predicted), make_mean_statistic(correct), n_trials, is_share=n_classes > 1
@@ -261,7 +268,7 @@ def _decision_metrics(
     }
 
 
-def _effective_rows(support: NDArray[np.integer[Any]]) -> float:
+def _count_effective_rows(support: NDArray[np.integer[Any]]) -> float:
     """The number of rows of a proportion that is as uncertain as the mean of one proportion per class.
 
     The mean over k classes of n_c rows each has the variance of a proportion of ``k² / Σ 1/n_c`` rows, if all classes
@@ -271,7 +278,7 @@ def _effective_rows(support: NDArray[np.integer[Any]]) -> float:
     return float(len(present_support) ** 2 / (1 / present_support).sum()) if len(present_support) else 0.0
 
 
-def _probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -> dict[str, BootstrapMetric]:
+def _make_probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -> dict[str, BootstrapMetric]:
     columns = np.arange(probabilities.shape[1])
     true_class_probability = np.take_along_axis(probabilities, class_codes[:, None], axis=1)
     metrics: dict[str, BootstrapMetric] = {}
@@ -292,11 +299,11 @@ def _probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -
         metrics["log_loss"] = BootstrapMetric(
             sk.log_loss(class_codes, probabilities / row_sums, labels=columns), make_mean_statistic(loss)
         )
-        metrics["calibration_error"] = _calibration_metric(probabilities, class_codes)
+        metrics["calibration_error"] = _make_calibration_metric(probabilities, class_codes)
     return metrics
 
 
-def _calibration_metric(probabilities: Floats, y: NDArray[Any]) -> BootstrapMetric:
+def _make_calibration_metric(probabilities: Floats, y: NDArray[Any]) -> BootstrapMetric:
     confidence, correct = compute_confidence(probabilities, y)
     gaps = compute_bin_gaps(confidence, correct)
     return BootstrapMetric(
@@ -304,20 +311,17 @@ def _calibration_metric(probabilities: Floats, y: NDArray[Any]) -> BootstrapMetr
     )
 
 
-def _ranking_metrics(
+def _make_ranking_metrics(
     class_codes: NDArray[np.intp], probabilities: Floats, bootstrap: int
 ) -> dict[str, BootstrapMetric]:
     present_classes, support = np.unique(class_codes, return_counts=True)
     if len(present_classes) < 2:
         return {}
     is_member, scores = class_codes[:, None] == present_classes, probabilities[:, present_classes]
+    rows = (is_member, scores, bootstrap, _count_effective_rows(support))
     return {
-        "roc_auc": _make_ranking_metric(
-            sk.roc_auc_score, roc_auc, is_member, scores, bootstrap, _effective_rows(support)
-        ),
-        "pr_auc": _make_ranking_metric(
-            sk.average_precision_score, average_precision, is_member, scores, bootstrap, _effective_rows(support)
-        ),
+        "roc_auc": _make_ranking_metric(sk.roc_auc_score, roc_auc, *rows),
+        "pr_auc": _make_ranking_metric(sk.average_precision_score, average_precision, *rows),
     }
 
 
@@ -332,10 +336,12 @@ def _make_ranking_metric(
         if max_resamples >= min(bootstrap, _MIN_RESAMPLES)
         else None
     )
-    return BootstrapMetric(_mean_of_finite(column_values), statistic, n_trials, max_resamples=max_resamples)
+    return BootstrapMetric(_average_finite(column_values), statistic, n_trials, max_resamples=max_resamples)
 
 
-def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootstrap: int) -> dict[str, BootstrapMetric]:
+def _make_multilabel_metrics(
+    y_true: NDArray[np.bool_], probabilities: Floats, bootstrap: int
+) -> dict[str, BootstrapMetric]:
     predicted_labels = probabilities >= 0.5
     padded = _add_empty_column(y_true, predicted_labels)
     columns = np.arange(y_true.shape[1])
@@ -344,7 +350,7 @@ def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootst
     true_positives = csr_array((y_true & predicted_labels).astype(float))
     true_and_predicted = csr_array(y_true.astype(float) + predicted_labels)
     support = y_true.sum(axis=0)
-    n_effective_rows = _effective_rows(support)
+    n_effective_rows = _count_effective_rows(support)
     return {
         "mean_average_precision": _make_ranking_metric(
             sk.average_precision_score, average_precision, y_true, probabilities, bootstrap, n_effective_rows
@@ -355,7 +361,7 @@ def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootst
             float(support.sum()),
         ),
         "macro_f1": BootstrapMetric(
-            _mean_of_finite(f1_by_label),
+            _average_finite(f1_by_label),
             lambda counts: mean_of_ratios(2 * (true_positives.T @ counts), true_and_predicted.T @ counts),
             n_effective_rows,
         ),
@@ -365,7 +371,7 @@ def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootst
             float(len(y_true)),
             is_share=True,
         ),
-        "calibration_error": _calibration_metric(probabilities, y_true),
+        "calibration_error": _make_calibration_metric(probabilities, y_true),
     }
 
 
@@ -374,7 +380,7 @@ def _add_empty_column(*arrays: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     return [np.pad(array, ((0, 0), (0, 1))) for array in arrays]
 
 
-def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, BootstrapMetric]:
+def _make_regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, BootstrapMetric]:
     error = y_true - y_predicted
     y_centered = y_true - y_true.mean(axis=0)
     n_rows = len(y_true)
@@ -384,8 +390,8 @@ def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, Bootst
         "r2": lambda counts: 1 - mean_of_ratios((error**2).T @ counts, sum_of_squares(y_centered, counts)),
         "spearman": make_column_mean_statistic(spearman_correlation, y_true, y_predicted),
     }
-    values = _per_target(y_true, y_predicted)
-    return {name: BootstrapMetric(_mean_of_finite(values[name]), statistic) for name, statistic in statistics.items()}
+    values = _score_targets(y_true, y_predicted)
+    return {name: BootstrapMetric(_average_finite(values[name]), statistic) for name, statistic in statistics.items()}
 
 
 def _check_matrix(argument: str, values: ArrayLike, names: tuple[str, ...]) -> Floats:
@@ -431,10 +437,9 @@ def _encode_labels(y: ArrayLike, names: tuple[str, ...], n_rows: int) -> NDArray
 
 def _check_same_length(n_labels: int, n_predictions: int) -> None:
     if n_labels != n_predictions:
-        raise ConfigError(f"found {n_labels} labels and {n_predictions} predictions, expected one for each row")
+        raise ConfigError(f"found {n_labels} labels and {n_predictions} predictions; give one of each per row")
 
 
-def _mean_of_finite(values: NDArray[Any]) -> float:
-    """The mean of the finite values; NaN if there are none."""
+def _average_finite(values: NDArray[Any]) -> float:
     finite_values = values[np.isfinite(values)]
     return float(finite_values.mean()) if len(finite_values) else math.nan

@@ -1,4 +1,4 @@
-"""Paired tests: the difference between two models on the same rows, and whether it may be chance."""
+"""Paired tests: the difference between two models on the same rows, and its p value."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def compare_paired(
     task : {"classification", "multilabel", "regression"}
     y : array-like
     first_predictions, second_predictions : array-like
-        As `featpipe.metrics.score` takes predictions.
+        As for `featpipe.metrics.score`.
     class_names : sequence of str
     n_resamples, seed : int
         Resamples of the rows, the same for both models.

@@ -1,4 +1,4 @@
-"""How a score was measured: data in models and results, words where people read them."""
+"""How a score was measured: data in models and results, text where it is shown."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 _TEMPLATES = {
     "folds": "{folds}-fold cross-validation on the {n} training images",
-    "time_spans": "{folds} spans of time, each predicted from earlier ones: {n:,} of {n_rows:,} training images",
-    "since": "fitted on what is before {since}, judged by the {n:,} images since then",
+    "time_spans": "{folds} time spans, each predicted from the earlier ones: {n:,} of {n_rows:,} training images",
+    "since": "fitted on images before {since}, scored on the {n:,} images since then",
     "inner_folds": "best of {candidates} on {folds} inner folds of {n:,} rows",
     "not_tuned": "not tuned: a class has a single image",
     "holdout": "{n} images held out",
     "unseen": "{n:,} images that were not trained on",
     "given": "{n:,} given test images",
-    "new_holdout": "{n:,} new images, held out and learnt afterwards",
-    "given_and_new_holdout": "{given:,} given test images and {n:,} new images, held out and learnt afterwards",
+    "new_holdout": "{n:,} new images, held out and trained on afterwards",
+    "given_and_new_holdout": "{given:,} given test images and {n:,} new images, held out and trained on afterwards",
     "none": "no test images",
 }
 
@@ -26,7 +26,7 @@ def format_protocol(protocol: Mapping[str, Any] | str) -> str:
     Parameters
     ----------
     protocol : mapping or str
-        What models and results hold under ``how``: a ``kind`` and its numbers. Older files hold the words themselves.
+        What models and results hold under ``how``: a ``kind`` and its numbers. Older files hold the text itself.
 
     Examples
     --------

@@ -35,26 +35,28 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("Accuracy", "share of rows whose most probable class is the right one"),
+    "accuracy": Metric("Accuracy", "share of rows whose most probable class is correct"),
     "balanced_accuracy": Metric("Balanced accuracy", "mean recall; every class counts the same"),
     "macro_f1": Metric("Macro F1", "mean F1; every class counts the same"),
     "top5_accuracy": Metric("Top-5 accuracy", "share of rows whose class is among the five most probable"),
-    "log_loss": Metric("Log loss", "how much the probabilities are worth; lower is better", higher_is_better=False),
+    "log_loss": Metric(
+        "Log loss", "mean negative log probability of the true class; lower is better", higher_is_better=False
+    ),
     "calibration_error": Metric(
         "Calibration error", "how far confidence is from accuracy, on average; lower is better", higher_is_better=False
     ),
-    "roc_auc": Metric("ROC AUC", "chance that a row of a class is ranked above one of another class"),
+    "roc_auc": Metric("ROC AUC", "probability that a row of a class ranks above a row of another class"),
     "pr_auc": Metric("PR AUC", "mean precision of a class over all thresholds, averaged over classes"),
     "mean_average_precision": Metric(
         "Mean average precision",
-        "mean over labels; 1 when each ranks its rows first",
+        "mean over labels; 1 if every label ranks its rows first",
     ),
     "micro_f1": Metric("Micro F1", "F1 over all decisions at probability 0.5"),
-    "exact_match": Metric("Exact match", "share of rows with every label right at probability 0.5"),
+    "exact_match": Metric("Exact match", "share of rows with every label correct at probability 0.5"),
     "mae": Metric("Mean absolute error", "in the units of the target; lower is better", higher_is_better=False),
     "rmse": Metric("Root mean squared error", "in the units of the target; lower is better", higher_is_better=False),
-    "r2": Metric("R²", "share of the variance explained; 0 is as good as always saying the mean"),
-    "spearman": Metric("Spearman correlation", "whether the order is right, whatever the scale"),
+    "r2": Metric("R²", "share of the variance explained; 0 equals always predicting the mean"),
+    "spearman": Metric("Spearman correlation", "agreement of the order of predictions with the order of targets"),
 }
 """Every score that featpipe reports, by name."""
 
@@ -143,15 +145,8 @@ class Scores:
         return {
             "task": self.task,
             "n": self.n,
-            "metrics": {
-                name: {
-                    "value": nan_to_none(interval.value),
-                    "low": nan_to_none(interval.low),
-                    "high": nan_to_none(interval.high),
-                }
-                for name, interval in self.metrics.items()
-            },
-            "per_class": [{key: nan_to_none(value) for key, value in row.items()} for row in self.per_class],
+            "metrics": {name: nan_to_none(vars(interval)) for name, interval in self.metrics.items()},
+            "per_class": nan_to_none(self.per_class),
             "confusion": None if self.confusion is None else self.confusion.tolist(),
             "classes": list(self.classes),
         }
@@ -215,7 +210,6 @@ def _format_cell(value: object) -> str:
 
 
 def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Pad cells to columns: the first is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

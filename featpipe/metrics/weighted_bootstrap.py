@@ -90,8 +90,8 @@ def average_precision(positive: NDArray[np.bool_], scores: Floats, counts: Float
 def spearman_correlation(true: Floats, predicted: Floats, counts: Floats) -> Floats:
     """Spearman's correlation of each resample, shape (b,)."""
     mean_rank = (len(true) + 1) / 2
-    true_ranks = _weighted_ranks(true, counts) - mean_rank
-    predicted_ranks = _weighted_ranks(predicted, counts) - mean_rank
+    true_ranks = _compute_weighted_ranks(true, counts) - mean_rank
+    predicted_ranks = _compute_weighted_ranks(predicted, counts) - mean_rank
     covariance = np.einsum("mb,mb,mb->b", counts, true_ranks, predicted_ranks)
     return safe_divide(
         covariance,
@@ -101,7 +101,7 @@ def spearman_correlation(true: Floats, predicted: Floats, counts: Floats) -> Flo
     )
 
 
-def _weighted_ranks(values: Floats, counts: Floats) -> Floats:
+def _compute_weighted_ranks(values: Floats, counts: Floats) -> Floats:
     """The rank of each row within each resample, ties sharing their mean, shape (m, b)."""
     _, value_codes = np.unique(values, return_inverse=True)
     value_indicators = csr_array((np.ones(len(values)), (value_codes, np.arange(len(values)))))

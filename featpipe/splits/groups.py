@@ -225,7 +225,6 @@ def _match_rows(cache: FeatureCache, path: Path, paths: list[str], values: list[
 
 
 def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[LabelValue]) -> None:
-    """Raise if two rows of the same path have different values."""
     first_row_by_path: dict[str, int] = {}
     for row, name in enumerate(paths):
         first_row = first_row_by_path.setdefault(posixpath.normpath(name), row)

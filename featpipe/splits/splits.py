@@ -1,9 +1,9 @@
 """Train, validation and test rows and folds, determined by the content of the samples and not by their positions.
 
-Every function takes the digests of the images' own bytes, so that an image is always on the same side, whatever its
-name, folder, row and neighbours, and byte-identical copies are never on both sides. If images belong to groups (a
-patient, a photograph, a burst), the name of the group determines the side instead of the bytes. If they have times,
-test images are later than training images.
+Every function uses the digests of the images' own bytes. An image is therefore always on the same side, independent of
+its name, folder, row and neighbours, and byte-identical copies are never on both sides. If images belong to groups (a
+patient, a photograph, a burst), the name of the group determines the side instead. If they have times, test images are
+later than training images.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def make_holdout(
     if y is not None or len(np.unique(keys)) > 1:
         unit_name = "image" if groups is None else "group"
         is_test = _ensure_both_sides(
-            keys, test, codes, _class_names(distinct, names if y is not None else ["the data"]), unit_name
+            keys, test, codes, _format_class_names(distinct, names if y is not None else ["the data"]), unit_name
         )
     train_rows, test_rows = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if not len(train_rows) or not len(test_rows):
@@ -237,7 +237,7 @@ def make_folds(
     if times is not None:
         row_times = _check_times(times, len(keys))
         return _split_by_time(row_times, units, _find_cutoff_times(row_times, int(k)), codes)
-    class_names = None if y is None else _class_names(distinct, names)
+    class_names = None if y is None else _format_class_names(distinct, names)
     _check_enough_units(units, codes, class_names, k, grouped=groups is not None)
     fold_indices = _assign_folds(keys, codes, units, int(k))
     fold_indices = _ensure_every_fold(fold_indices, codes, units, class_names or ["the data"], int(k))
@@ -353,7 +353,7 @@ def _encode_classes(y: ArrayLike, n: int) -> tuple[NDArray[np.int64], NDArray[np
     return codes.astype(np.int64), distinct
 
 
-def _class_names(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[str]:
+def _format_class_names(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[str]:
     """The names of the distinct values of y in messages."""
     values = distinct.tolist()
     return [str(value) if names is None else names[int(value)] for value in values]
@@ -364,18 +364,18 @@ def _encode_groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int
     array = np.asarray(groups)
     if array.shape != (n,):
         raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group per row")
-    names = np.array([_group_name(value) for value in array.tolist()], dtype=np.str_)
+    names = np.array([_format_group_name(value) for value in array.tolist()], dtype=np.str_)
     rows_without_group = np.flatnonzero(names == "")
     if len(rows_without_group):
         raise ConfigError(
             f"{len(rows_without_group)} of {n} rows have no group, the first is row {rows_without_group[0]}; "
-            "give every row one; an image that belongs to no group needs a group of its own"
+            "give every row a group; an image that belongs to no group needs its own"
         )
     distinct, codes = np.unique(names, return_inverse=True)
     return distinct.tolist(), codes.astype(np.int64)
 
 
-def _group_name(value: object) -> str:
+def _format_group_name(value: object) -> str:
     """The name of a group as text; empty for a missing value."""
     if isinstance(value, str):
         return value.strip()
@@ -423,7 +423,7 @@ def _ensure_both_sides(
 ) -> NDArray[np.bool_]:
     """A mask of the test rows. A class that lacks a side gets one image or group there: all rows with that key."""
     is_test = keys < test
-    for code, rows in enumerate(_rows_by_code(codes, len(class_names))):
+    for code, rows in enumerate(_split_rows_by_code(codes, len(class_names))):
         if keys[rows].min() == keys[rows].max():
             single_unit = "one distinct image" if unit_name == "image" else "one group of images"
             raise ConfigError(
@@ -449,7 +449,6 @@ def _ensure_both_sides(
 
 
 def _find_missing_classes(sides: NDArray[np.int64], codes: NDArray[np.int64], k: int) -> NDArray[np.intp]:
-    """The classes that are missing on at least one of the k sides."""
     counts = np.bincount(codes * k + sides, minlength=(int(codes.max(initial=-1)) + 1) * k)
     return np.flatnonzero((counts.reshape(-1, k) == 0).any(axis=1))
 
@@ -457,7 +456,6 @@ def _find_missing_classes(sides: NDArray[np.int64], codes: NDArray[np.int64], k:
 def _ensure_every_fold(
     fold_indices: NDArray[np.int64], codes: NDArray[np.int64], units: NDArray[np.int64], class_names: list[str], k: int
 ) -> NDArray[np.int64]:
-    """Move rows between folds until no class is missing in any fold."""
     missing_classes = _find_missing_classes(fold_indices, codes, k)
     if not len(missing_classes):
         return fold_indices
@@ -487,8 +485,8 @@ def _rearrange(
         Class and unit of each row.
     """
     pair_classes, pair_units = np.unique(np.stack([codes, units]), axis=1)
-    units_by_class = [pair_units[pairs] for pairs in _rows_by_code(pair_classes, int(codes.max()) + 1)]
-    classes_by_unit = [pair_classes[pairs] for pairs in _rows_by_code(pair_units, len(sides))]
+    units_by_class = [pair_units[pairs] for pairs in _split_rows_by_code(pair_classes, int(codes.max()) + 1)]
+    classes_by_unit = [pair_classes[pairs] for pairs in _split_rows_by_code(pair_units, len(sides))]
     counts = np.zeros((len(units_by_class), k), np.int64)  # units of each class on each side
     np.add.at(counts, (pair_classes, sides[pair_units]), 1)
     preferred_sides, sides = sides, sides.copy()
@@ -524,7 +522,7 @@ def _rearrange(
     return sides
 
 
-def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.intp]]:
+def _split_rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.intp]]:
     order = np.argsort(codes, kind="stable")
     return np.split(order, np.cumsum(np.bincount(codes, minlength=n_codes))[:-1])
 
@@ -581,7 +579,7 @@ def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = 
 def _split_by_time(
     times: NDArray[Any], units: NDArray[np.int64], cutoffs: list[Any], codes: NDArray[np.int64]
 ) -> list[tuple[RowIndices, RowIndices]]:
-    """Train before each cutoff and test from there to the next; training rows with copies or groups in the test go."""
+    """Train before each cutoff and test until the next; training rows with a copy or group in the test are left out."""
     has_several_classes = len(np.unique(codes)) > 1
     splits = []
     for start, stop in pairwise([*cutoffs, None]):
@@ -633,7 +631,7 @@ def _assign_folds(
     sizes = np.bincount(units)
     class_sizes = np.bincount(codes)
     counts = np.zeros((len(class_sizes), k), np.int64)
-    rows_by_unit = _rows_by_code(units, len(sizes))
+    rows_by_unit = _split_rows_by_code(units, len(sizes))
     multi_row_units = [unit for unit in np.argsort(-sizes, kind="stable") if sizes[unit] > 1]
     for unit in multi_row_units:
         rows = rows_by_unit[unit]

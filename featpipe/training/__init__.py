@@ -1,4 +1,4 @@
-"""Cache + head → model; with an honest estimate of its quality from rows that it was not fitted on."""
+"""Train heads on the embeddings of a cache, and estimate their quality on rows that they were not fitted on."""
 
 from __future__ import annotations
 

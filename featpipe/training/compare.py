@@ -15,7 +15,7 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.config import ComparisonOptions, TrainingConfig, check_names
 from featpipe.errors import ConfigError
-from featpipe.metrics import format_protocol
+from featpipe.metrics import METRICS, format_protocol
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import get_main_metric
@@ -88,7 +88,7 @@ class HeadComparison:
 
     @property
     def how(self) -> str:
-        """How the scores were measured, in words."""
+        """A description of how the scores were measured."""
         return format_protocol(self.protocol)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def compare_or_load(
     progress : callable
     """
     if (config.cv or 0) < 2 and config.since is None:
-        raise ConfigError(f"cv is {config.cv}; heads are compared on 2 folds or more")
+        raise ConfigError(f"cv is {config.cv}; give 2 folds or more to compare heads")
     policy = parse_policy(config.keep)
     dataset = load_training_rows(cache, config)
     head_names = (
@@ -172,7 +172,7 @@ def compare_or_load(
         logger.info(config.head if config.since is not None else f"{config.head}: {config.cv} folds")
         trained_head = train_head(cache, dataset, config, head_config, progress)
         results.append((_make_row(trained_head, dataset, config.metric), trained_head))
-    results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))
+    results.sort(key=lambda pair: -METRICS[pair[0].metric].gain(pair[0].score))
     table, best_head = [row for row, _ in results], results[0][1]
     assert best_head.estimate is not None
     best_model = best_head.to_model(cache, dataset, policy, request)
@@ -181,15 +181,10 @@ def compare_or_load(
     return comparison
 
 
-def _selection_score(row: HeadComparisonRow, trained_head: TrainedHead) -> float:
-    assert trained_head.estimate is not None
-    return get_main_metric(trained_head.estimate.scores, row.metric)[1]
-
-
 def _make_row(trained_head: TrainedHead, dataset: EmbeddingDataset, metric: str | None) -> HeadComparisonRow:
     estimate, fitted = trained_head.estimate, trained_head.fitted
     assert estimate is not None
-    name, _ = get_main_metric(estimate.scores, metric)
+    name = get_main_metric(estimate.scores, metric)
     sample = np.asarray(dataset.X[: min(len(dataset), N_TIMED_ROWS)], np.float32)
     batch = np.resize(sample, (N_TIMED_ROWS, sample.shape[1]))
     start_time = perf_counter()

@@ -1,4 +1,4 @@
-"""Cross-validate a head: its score on rows that it was not fitted on and that selected none of its settings."""
+"""Cross-validate a head: score it on rows that neither fitted it nor selected its settings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
-from featpipe.metrics import METRICS, Calibration, Scores, calibration_error, cross_calibrate, fit_temperature, score
+from featpipe.metrics import Calibration, Scores, calibration_error, cross_calibrate, fit_temperature, score
 from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress, ProgressCallback
-from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.dataset import EmbeddingDataset, Split
 from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.search import MAX_TUNING_ROWS
 
-Split = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-N_CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
+N_CALIBRATION_FOLDS = 3  # for heads without probabilities, if no cross-validation was requested
 
 
-def get_main_metric(scores: Scores, metric: str | None = None) -> tuple[str, float]:
-    """The score that heads are compared by: its name, and its value with the sign that makes larger the better."""
-    name = metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
-    value = float(scores.metrics[name].value)
-    return name, METRICS[name].gain(value)
+def get_main_metric(scores: Scores, metric: str | None = None) -> str:
+    """The metric that heads are compared by: the requested one if it is defined, else the first."""
+    return metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +39,11 @@ class Estimate:
     calibration : Calibration or None
         Fitted on the predictions of all folds.
     calibration_errors : tuple of two floats, or None
-        The calibration error before and after; after, each fold was calibrated on the others.
+        The calibration error before and after calibration; each fold is calibrated on the others.
     protocol : dict
         How the score was measured, see :func:`featpipe.metrics.format_protocol`.
     conformal : ConformalPredictor or None
-        From the predictions of all folds; None of several labels.
+        From the predictions of all folds; None for multilabel tasks.
     held_out, predictions : ndarray of shape (h,) and (h, k)
         Positions in the dataset, ascending, and the predictions for them when they were held out.
     """
@@ -87,7 +83,7 @@ def cross_validate(
     progress: ProgressCallback,
     metric: str | None = None,
 ) -> Estimate:
-    """Fit on all folds but one, k times, with the settings chosen anew each time; or on what came before a time."""
+    """Fit k times on all folds but one, searching settings each time; with a cutoff time, fit once on earlier rows."""
     fitted_folds = _fit_folds(config, dataset, dataset.make_splits(k), progress)
     calibrate = calibrate or (config.task != "regression" and not fitted_folds[0].fitted.has_probabilities)
     if calibrate and len(fitted_folds) == 1:
@@ -102,7 +98,7 @@ def cross_validate(
     order = np.argsort(held_out, kind="stable")
     all_predictions = np.concatenate(predictions)[order]
     scores = score(config.task, targets[held_out[order]], all_predictions, dataset.classes)
-    name, _ = get_main_metric(scores, metric)
+    name = get_main_metric(scores, metric)
     fold_metrics = [
         score(config.task, targets[fold.held_out], fold_predictions, dataset.classes, bootstrap=0).metrics
         for fold, fold_predictions in zip(fitted_folds, predictions, strict=True)
@@ -127,7 +123,7 @@ def cross_validate(
 
 @dataclass(frozen=True, eq=False)
 class _Fold:
-    """The rows that were held out, their features, and what was fitted on the others."""
+    """Held-out rows, their features, and the head that was fitted on the other rows."""
 
     held_out: NDArray[np.int64]
     X: Any
@@ -145,7 +141,7 @@ def _fit_folds(
 
 
 def _split_in_halves(fold: _Fold, dataset: EmbeddingDataset) -> list[_Fold]:
-    """Every other row, so that each can be calibrated on rows that are not its own."""
+    """Split the held-out rows alternately in two, so that each half can be calibrated on the other."""
     halves = (fold.held_out[::2], fold.held_out[1::2])
     return [_Fold(half, dataset.take(half).X, fold.fitted) for half in halves]
 
@@ -153,7 +149,7 @@ def _split_in_halves(fold: _Fold, dataset: EmbeddingDataset) -> list[_Fold]:
 def _calibrate_folds(
     config: HeadConfig, folds: Sequence[_Fold], y: NDArray[Any]
 ) -> tuple[list[NDArray[np.float64]], Calibration, tuple[float, float]]:
-    """The answers of each fold, calibrated on the others; the calibration by all; and the errors."""
+    """Predictions of each fold, calibrated on the other folds; the calibration of all; the errors before and after."""
     logits = [fold.fitted.compute_logits(fold.X) for fold in folds]
     targets, multilabel = [y[fold.held_out] for fold in folds], config.task == "multilabel"
     probabilities = cross_calibrate(logits, targets, multilabel=multilabel)
@@ -164,8 +160,8 @@ def _calibrate_folds(
 
 
 def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, progress: ProgressCallback) -> Calibration:
-    """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
-    dataset = dataset.subset(MAX_TUNING_ROWS) if dataset.is_streamed else dataset  # one number
+    """Fit a temperature by cross-validation, for a head without probabilities."""
+    dataset = dataset.subset(MAX_TUNING_ROWS) if dataset.is_streamed else dataset  # enough for a single number
     for k in (N_CALIBRATION_FOLDS, 2):
         try:
             splits = dataset.make_folds(k)
@@ -173,8 +169,8 @@ def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, prog
             continue
         return _calibrate_folds(config, _fit_folds(config, dataset, splits, progress), dataset.y)[1]
     raise ConfigError(
-        f"head {config.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has "
-        "one image only: take logistic, or give more images"
+        f"head {config.head!r} has no probabilities, and its scores cannot be calibrated on held-out rows, because a "
+        "class has a single image; use logistic, or add images"
     )
 
 
@@ -189,7 +185,7 @@ def _make_protocol(dataset: EmbeddingDataset, k: int, n_held_out: int) -> dict[s
 
 
 def _format_time(moment: Any) -> str:
-    """A date without its midnight, a number as it is written."""
+    """Format a time of the data: a date without midnight, or a number."""
     if isinstance(moment, np.datetime64):
         return str(moment.astype("datetime64[s]")).removesuffix("T00:00:00")
     return f"{moment:.15g}" if isinstance(moment, float) else str(moment)

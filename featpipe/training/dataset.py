@@ -20,7 +20,7 @@ from featpipe.storage import compute_fingerprint, digest_arrays
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-N_FEATURE_COPIES = 4  # held while a head is fitted: the rows, a fold of them, and two as float64 while they are scaled
+N_FEATURE_COPIES = 4  # in memory during a fit: all rows, a fold of them, and two float64 copies during scaling
 KEY_BLOCK_ROWS = 1 << 18
 CHECK_BLOCK_VALUES = 1 << 22
 MAX_LISTED_ROWS = 3
@@ -42,7 +42,7 @@ class EmbeddingDataset:
         Classification: class codes of shape (m,). Regression: targets of shape (m,) or (m, t). Multilabel: a 0/1
         matrix of shape (m, k).
     classes : tuple of str
-        What codes and columns stand for; the names of a regression's targets.
+        Names of the class codes or columns of `y`; for a regression, of its targets.
     digests : ndarray of shape (m, 32), uint8
         SHA-256 of each sample's bytes.
     groups, times : ndarray of shape (m,), optional
@@ -85,7 +85,7 @@ class EmbeddingDataset:
         rows : ndarray of shape (m,), int64, optional
             Row numbers; the labelled, readable rows if not given.
         split : {"train", "validation", "test"}, optional
-            Keep the rows that the labels mark so. Labels without a split keep all rows.
+            Keep only rows that the labels mark as this split; all rows if the labels have no split.
         output : str, optional
             The cache's first if not given.
         """
@@ -176,7 +176,7 @@ class EmbeddingDataset:
         )
 
     def marked(self, split: str) -> EmbeddingDataset:
-        """Select the rows that the labels mark ``train``, ``validation`` or ``test``; none if they have no split."""
+        """Select the rows that the labels mark as ``train``, ``validation`` or ``test``; none without a split."""
         if self.cache is None:
             raise ConfigError("rows of several caches have no common split")
         return self.take(self.cache.split[self.rows] == SPLIT_NAMES.index(split))
@@ -189,8 +189,8 @@ class EmbeddingDataset:
             rows = find_listed_rows(self.cache, rows)
         return self.take(~np.isin(self.rows, rows))
 
-    def without_copies_of(self, other: EmbeddingDataset) -> EmbeddingDataset:
-        """Leave out rows whose bytes are those of a row of `other`."""
+    def exclude_duplicates_of(self, other: EmbeddingDataset) -> EmbeddingDataset:
+        """Leave out images that are, byte by byte, also in `other`."""
         return self.take(~np.isin(self.keys, other.keys))
 
     def unseen_by(self, model: Model) -> EmbeddingDataset:
@@ -198,7 +198,7 @@ class EmbeddingDataset:
         return self.take(~model.was_trained_on(self.digests))
 
     def subset(self, n: int, seed: int = SplitSeed.TEST) -> EmbeddingDataset:
-        """At most n rows, in memory: those with the smallest keys under a seed."""
+        """At most n rows, in memory, selected by a seed and the bytes of their images."""
         if len(self) <= n:
             return self.to_memory()
         starts = range(0, len(self), KEY_BLOCK_ROWS)
@@ -208,7 +208,7 @@ class EmbeddingDataset:
         return self.take(np.sort(np.argpartition(keys, n)[:n])).to_memory()
 
     def compute_digest(self) -> str:
-        """Digest of the images, labels, classes, groups and times; the cache's fingerprint decides the features."""
+        """Digest of the images, labels, classes, groups and times; the cache's fingerprint identifies the features."""
         constraints = {
             name: None if values is None else [str(value) for value in values]
             for name, values in (("groups", self.groups), ("times", self.times))
@@ -368,7 +368,7 @@ def load_training_data(
         dataset.check_finite()  # features that stay in the file are checked in the first pass over them
     row_times = load_times(cache, times, dataset.rows) if isinstance(times, str) else _take(cache, times, dataset.rows)
     if since is not None and row_times is None:
-        raise ConfigError(f"since is {str(since)!r} without times; give the times of the images too")
+        raise ConfigError(f"since is {str(since)!r}, but the images have no times; give times too")
     since_time = parse_time(since, row_times) if isinstance(since, str) and row_times is not None else since
     return replace(dataset, groups=_load_groups(cache, groups, dataset.rows), times=row_times, since=since_time)
 
@@ -401,5 +401,7 @@ def _take(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]
         return None
     array = np.asarray(values)
     if array.shape != (len(cache),):
-        raise ConfigError(f"groups or times of shape {array.shape} for {len(cache)} samples; give one for each sample")
+        raise ConfigError(
+            f"groups or times have shape {array.shape}, the cache has {len(cache)} samples; give one for each sample"
+        )
     return np.asarray(array[rows])

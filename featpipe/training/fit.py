@@ -1,4 +1,4 @@
-"""Fit one head on a dataset: search its settings, resample its rows, and stream its features where necessary."""
+"""Fit one head on a dataset: search its settings, resample its rows, and stream features that exceed the memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from featpipe.training.head_config import HeadConfig
 from featpipe.training.search import SearchResult, search_settings
 
 PREDICT_BLOCK_ROWS = 1 << 16
-ABSENT_CLASS_LOGIT = -30.0  # below the smallest logit: the logit of a class that no row of a fold has
+ABSENT_CLASS_LOGIT = -30.0  # relative to the smallest logit, for a class without rows in a fold
 
 
 def fit_head(config: HeadConfig, dataset: EmbeddingDataset) -> FittedHead:
@@ -32,7 +32,7 @@ def fit_head(config: HeadConfig, dataset: EmbeddingDataset) -> FittedHead:
         If the head cannot be fitted on them.
     """
     if dataset.is_streamed and config.balance == "smote":
-        raise ConfigError("balance=smote needs all rows in memory; take over or class_weight=balanced")
+        raise ConfigError("balance=smote needs all rows in memory; use balance=over or class_weight=balanced")
     start_time = perf_counter()
     search_result = search_settings(config, dataset)
     params = {**config.params, **(search_result.settings if search_result else {})}
@@ -53,7 +53,7 @@ def fit_head(config: HeadConfig, dataset: EmbeddingDataset) -> FittedHead:
 
 
 def _fit_streamed(pipeline: Any, dataset: EmbeddingDataset, config: HeadConfig) -> None:
-    """Fit with features that stay in the file; rows that are drawn several times get weights."""
+    """Fit while features stay in the file; a row that resampling draws several times gets a weight instead."""
     weights = None
     if config.balance:
         indices, counts = np.unique(

@@ -54,16 +54,18 @@ class HeadConfig:
         ------
         ConfigError
         """
-        heads.build(self.head, self.task, params=self.params, random_state=self.random_state)
+        grid = self.resolve_grid()
+        candidates = [{**self.params, key: value} for key, values in grid.items() for value in values]
+        for params in candidates or [dict(self.params)]:
+            heads.build(self.head, self.task, params=params, random_state=self.random_state)
         if self.metric is not None and self.metric not in SELECTION_METRICS[self.task]:
             raise unknown_name_error("metric", self.metric, SELECTION_METRICS[self.task])
         if self.one_standard_error and not self.searches_path:
-            raise ConfigError("one_standard_error is for the strength C of logistic, where C is not set")
+            raise ConfigError(
+                "one_standard_error is for the search of C of head logistic; use it without C and without grid"
+            )
         if self.balance and self.task != "classification":
             raise ConfigError(f"balance={self.balance} is for classification, not for {self.task}")
-        for key, values in self.resolve_grid().items():
-            for value in values:
-                heads.build(self.head, self.task, params={**self.params, key: value}, random_state=self.random_state)
 
     @property
     def searches_path(self) -> bool:
@@ -89,5 +91,7 @@ class HeadConfig:
         default_grid = heads.get_spec(self.head).grid
         grid = {key: values for key, values in default_grid.items() if not {key, f"head__{key}"} & set(self.params)}
         if not grid:
-            raise ConfigError(f"there is nothing to tune of head {self.head!r}; say what to try: --grid SETTING=A,B")
+            raise ConfigError(
+                f"head {self.head!r} has no settings left to tune; give the values to try: --grid SETTING=A,B"
+            )
         return grid

@@ -17,12 +17,10 @@ from featpipe.errors import ConfigError
 from featpipe.heads import C_GRID, BalancedClassifier, SoftmaxRegressionCV, map_folds, resample, select_best_C
 from featpipe.metrics import SELECTION_METRICS, compute_logits, compute_sigmoid_loss
 from featpipe.splits import SplitSeed
-from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.dataset import EmbeddingDataset, Split
 from featpipe.training.head_config import HeadConfig
 
-Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-MAX_TUNING_ROWS = 20_000  # that settings are searched on if features stay in the file
+MAX_TUNING_ROWS = 20_000  # for the search of settings, if features stay in the file
 MAX_ROWS_FOR_ALL_FOLDS = 5000  # with more, one held-out fifth ranks penalty strengths as well as five folds
 N_INNER_FOLDS = 5
 SCALER_BLOCK_ROWS = 4096
@@ -119,7 +117,7 @@ def _search_path(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> 
     return SearchResult({"C": float(C_GRID[best] * factor)}, metric, candidates, protocol)
 
 
-def _score_path(dataset: EmbeddingDataset, config: HeadConfig, scoring: Any, fold: Fold) -> NDArray[np.float64]:
+def _score_path(dataset: EmbeddingDataset, config: HeadConfig, scoring: Any, fold: Split) -> NDArray[np.float64]:
     """The score of each strength on the held-out rows of one fold, shape (s,)."""
     from sklearn.preprocessing import StandardScaler
 
@@ -147,14 +145,14 @@ def _score_path(dataset: EmbeddingDataset, config: HeadConfig, scoring: Any, fol
     return np.asarray(cv.fit(X, y).scores_[0])
 
 
-def _make_path_folds(dataset: EmbeddingDataset, config: HeadConfig) -> list[Fold] | None:
-    """Five folds; of many rows the first alone."""
+def _make_path_folds(dataset: EmbeddingDataset, config: HeadConfig) -> list[Split] | None:
+    """Five folds; only the first of them if there are many rows."""
     folds = make_inner_folds(dataset)
     needs_all_folds = len(dataset) <= MAX_ROWS_FOR_ALL_FOLDS or config.one_standard_error or dataset.times is not None
     return folds if folds is None or needs_all_folds else folds[:1]
 
 
-def make_inner_folds(dataset: EmbeddingDataset) -> list[Fold] | None:
+def make_inner_folds(dataset: EmbeddingDataset) -> list[Split] | None:
     """Five folds, or as many as the rarest class allows; None if a class has a single image."""
     for k in (N_INNER_FOLDS, 3, 2):
         try:
@@ -175,7 +173,10 @@ def _search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[st
     estimator = heads.build(
         config.head, config.task, params={**config.params, **first_values}, random_state=config.random_state
     )
-    param_grid = {_add_prefix(estimator, key): list(values) for key, values in grid.items()}
+    param_names = estimator.get_params()
+    param_grid = {
+        f"head__{key}" if f"head__{key}" in param_names else key: list(values) for key, values in grid.items()
+    }
     if config.balance:
         estimator = BalancedClassifier(estimator, config.balance, config.random_state)
         param_grid = {f"estimator__{key}": values for key, values in param_grid.items()}
@@ -185,7 +186,9 @@ def _search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[st
     results = grid_search.cv_results_
     candidates: list[dict[str, Any]] = [
         {
-            "settings": {_remove_prefix(key): value for key, value in candidate.items()},
+            "settings": {
+                key.removeprefix("estimator__").removeprefix("head__"): value for key, value in candidate.items()
+            },
             "score": float(mean),
             "spread": float(spread),
         }
@@ -199,7 +202,6 @@ def _search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[st
 
 
 def _get_scorer(task: str, metric: str | None) -> Any:
-    """What scikit-learn takes as ``scoring`` for a metric."""
     scorers = SELECTION_METRICS[task]
     name = next(iter(scorers.values())) if metric is None else scorers[metric]
     return _score_sigmoid_loss if name == "log_loss" else name
@@ -212,11 +214,3 @@ def _score_sigmoid_loss(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
 
 def _make_protocol(dataset: EmbeddingDataset, candidates: Sequence[Any], folds: Sequence[Any]) -> dict[str, Any]:
     return {"kind": "inner_folds", "candidates": len(candidates), "folds": len(folds), "n": len(dataset)}
-
-
-def _remove_prefix(key: str) -> str:
-    return key.removeprefix("estimator__").removeprefix("head__")
-
-
-def _add_prefix(estimator: Any, key: str) -> str:
-    return f"head__{key}" if f"head__{key}" in estimator.get_params() else key

@@ -94,7 +94,7 @@ def train_or_load(
     Findings are never reused: a request for them trains.
     """
     if config.findings is not None and not config.cv:
-        raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
+        raise ConfigError("findings are made from predictions on held-out images; give cv, 2 or more folds")
     if config.findings is not None:
         make_writable_folder(Path(config.findings), ConfigError, "findings")
     policy = parse_policy(config.keep)
@@ -117,9 +117,17 @@ def get_package_versions() -> dict[str, str]:
 
 
 def digest_request(cache: FeatureCache, dataset: EmbeddingDataset, config: TrainingConfig, *heads: str) -> str:
-    """Digest of all that decides a model: embeddings, rows and their labels, settings, compared heads, and versions."""
+    """Digest of all that determines a model: embeddings, rows, labels, settings, compared heads, and versions."""
     settings = asdict(config)
-    for name in ("groups", "times", "without", "since", "memory", "jobs", "findings"):  # in the rows, or change nothing
+    for name in (
+        "groups",
+        "times",
+        "without",
+        "since",
+        "memory",
+        "jobs",
+        "findings",
+    ):  # reflected in the rows, or without effect on the model
         del settings[name]
     rows = [dataset.compute_digest(), dataset.is_streamed, str(dataset.since)]
     return compute_fingerprint([cache.fingerprint, rows, _to_json(settings), list(heads), get_package_versions()])
@@ -231,7 +239,7 @@ class TrainedHead:
             output=self.settings.output or cache.outputs[0],
             facts=cache.facts,
             request=dict(cache.manifest["backbone"]),
-            trained_on=_unique_digests(dataset.digests[:, :STORED_DIGEST_BYTES]),
+            trained_on=_find_distinct_digests(dataset.digests[:, :STORED_DIGEST_BYTES]),
             scores=_to_json(scores),
             history=_make_history(cache, dataset, self) | ({"request": request} if request else {}),
             calibration=self.calibration,
@@ -247,7 +255,10 @@ class TrainedHead:
             return None
         pipeline = self.fitted.estimator
         if dataset.is_streamed and policy != RetentionPolicy(statistics=True):
-            raise ConfigError("keep: of features that stay in the file only statistics are kept; give more --memory")
+            raise ConfigError(
+                "keep: only statistics of features that stay in the file can be retained; give --keep statistics, or "
+                "more --memory"
+            )
         replay_memory = collect_replay_memory(policy, pipeline, dataset.X, dataset.y, len(dataset.classes))
         if replay_memory.statistics is not None and find_statistics_kind(pipeline)[1] and not self.config.balance:
             fit_from_statistics(pipeline, replay_memory.statistics)
@@ -264,7 +275,7 @@ def train_head(
     """Estimate the quality of a head, fit it on all rows, and calibrate it."""
     location = f"{cache.path}: head {config.head!r}"
     if settings.calibrate and config.task == "regression":
-        raise ConfigError("calibrate is for probabilities; a regression has none")
+        raise ConfigError("calibrate is for probabilities, which a regression does not have; leave it out")
     try:
         offsets = _compute_prior_offsets(dataset, config, settings.prior) if settings.prior else ()
         estimate = None
@@ -293,7 +304,7 @@ def train_head(
         raise ConfigError(f"{location} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
-    # predictions of the folds are not calibrated for other class frequencies
+    # The folds' predictions are not calibrated for other class frequencies.
     conformal = estimate.conformal if estimate is not None and not offsets else None
     uncertainty = Uncertainty(fit_novelty(dataset, config.task), conformal)
     return TrainedHead(settings, config, fitted, estimate, calibration, uncertainty)
@@ -303,13 +314,16 @@ def _compute_prior_offsets(
     dataset: EmbeddingDataset, config: HeadConfig, prior: Mapping[str, float]
 ) -> tuple[float, ...]:
     if config.task != "classification":
-        raise ConfigError(f"prior is for classes that exclude each other, not for {config.task}")
+        raise ConfigError(f"prior is for single-label classification, not for {config.task}")
     counts = np.bincount(dataset.y, minlength=len(dataset.classes))
     weightings = [config.params.get(name) for name in ("class_weight", "sampling", "logit_adjustment", "priors")]
     if config.balance or "balanced" in weightings:
         counts = np.ones_like(counts)
     elif any(weightings):
-        raise ConfigError("prior takes rows as they are, or balanced: not with other weights, or logit_adjustment")
+        raise ConfigError(
+            "prior needs unweighted or balanced classes; leave out class_weight, sampling, priors and "
+            "logit_adjustment, or set class_weight=balanced"
+        )
     return compute_prior_offsets(dict(zip(dataset.classes, counts.tolist(), strict=True)), prior, dataset.classes)
 
 
@@ -351,7 +365,7 @@ def _make_history(cache: FeatureCache, dataset: EmbeddingDataset, trained_head: 
     }
 
 
-def _unique_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _find_distinct_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The distinct rows of an (m, 16) array of bytes, sorted; `numpy.unique` on rows takes ten times as long."""
     words = np.ascontiguousarray(digests).view(">u8")
     first, second = (words[:, column].astype(np.uint64) for column in range(2))

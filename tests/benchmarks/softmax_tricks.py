@@ -77,7 +77,7 @@ SWITCHES: dict[str, Patches] = {
     "no sample start": NO_SAMPLE_START,
     "neither": {**NO_BLOCKS, **NO_SAMPLE_START},
     "two-loop recursion": TWO_LOOPS,
-    "curvature p(1 - p)": {(preconditioners, "_curvatures"): plain_curvatures},
+    "curvature p(1 - p)": {(preconditioners, "_compute_curvatures"): plain_curvatures},
     "unshrunk first step": {(solver._LBFGSSearch, "_shrink_first_step"): lambda _search, candidate, *_: candidate},
 }
 PATH_SWITCHES: dict[str, Patches] = {

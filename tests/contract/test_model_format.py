@@ -93,7 +93,7 @@ def test_a_head_of_another_version_of_scikit_learn_is_read_with_one_warning(
     heads.loads(data)
     assert log == [
         f"the head was saved with scikit-learn 1.0.0 and is read with {sklearn.__version__}: "
-        "predictions may differ; compare some, or train it again"
+        "predictions may differ; check some predictions, or train it again"
     ]
 
 

@@ -146,14 +146,14 @@ def test_statistics_of_streamed_rows_equal_those_of_rows_in_memory(home, tmp_pat
     for name, array in retained[0].items():
         assert np.allclose(array, retained[1][name], rtol=1e-9, atol=1e-7), name
     assert load_model(run("train", home["old"], "--head", "lda", "--memory", "1k").stdout.strip()).kept is None
-    with pytest.raises(ConfigError, match="of features that stay in the file only statistics are kept"):
+    with pytest.raises(ConfigError, match="only statistics of features that stay in the file can be retained"):
         run("train", home["old"], "--head", "lda", "--memory", "1k", "--keep", "rows", "--overwrite")
 
 
 def test_an_error_is_one_line_that_names_the_problem(home, tmp_path):
     for arguments, problem in {
-        (home["model"],): "no labelled image to learn",
-        (home["model"], home["old"]): "no class is new: nothing to learn",
+        (home["model"],): "no labelled images to train on",
+        (home["model"], home["old"]): "no class is new; give new images",
         (home["model"], home["new"], "--method", "replays"): "did you mean 'replay'",
         (home["model"], home["new"], tmp_path): "caches and archives are mixed",
         (home["model"], home["new"], "--set", "epochs=0"): "epochs is 0",

@@ -1,4 +1,4 @@
-"""Probabilities mean what they say: temperatures, other mixes of classes, and the error that is left."""
+"""Temperature scaling, correction for another class prior, and the calibration error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from featpipe.errors import ConfigError
 from featpipe.metrics import Calibration, calibration_error, compute_logits, compute_prior_offsets, fit_temperature
 
 
-def drawn(temperature: float, n: int = 20_000, k: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_rows(temperature: float, n: int = 20_000, k: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Scores that are ``temperature`` times too large, and classes drawn with the true probabilities."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n, k)) * 2
@@ -22,7 +22,7 @@ def drawn(temperature: float, n: int = 20_000, k: int = 4, seed: int = 0) -> tup
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 7.0])
 def test_a_known_temperature_is_recovered(temperature):
-    logits, y = drawn(temperature)
+    logits, y = draw_rows(temperature)
     assert fit_temperature(logits, y) == pytest.approx(temperature, rel=0.03)
 
 
@@ -37,8 +37,8 @@ def test_the_temperature_equals_that_of_scikit_learn():
     head = LogisticRegression(C=1e6).fit(X[:60], y[:60])
     sklearn_classifier = CalibratedClassifierCV(FrozenEstimator(head), method="temperature").fit(X[60:], y[60:])
     logits = compute_logits(head, X[60:])
-    ours = Calibration(fit_temperature(logits, y[60:])).compute_probabilities(logits)
-    np.testing.assert_allclose(ours, sklearn_classifier.predict_proba(X[60:]), atol=1e-3)
+    probabilities = Calibration(fit_temperature(logits, y[60:])).compute_probabilities(logits)
+    np.testing.assert_allclose(probabilities, sklearn_classifier.predict_proba(X[60:]), atol=1e-3)
 
 
 def test_multilabel_heads_have_one_temperature_for_all_labels():
@@ -56,11 +56,14 @@ def test_separable_rows_give_a_temperature_within_bounds():
 
 
 def test_calibration_lowers_the_calibration_error():
-    logits, y = drawn(5.0)
-    before, after = softmax(logits, axis=1), Calibration(fit_temperature(logits, y)).compute_probabilities(logits)
-    assert calibration_error(before, y) > 0.15
-    assert calibration_error(after, y) < 0.02
-    assert (before.argmax(axis=1) == after.argmax(axis=1)).all()
+    logits, y = draw_rows(5.0)
+    uncalibrated, calibrated = (
+        softmax(logits, axis=1),
+        Calibration(fit_temperature(logits, y)).compute_probabilities(logits),
+    )
+    assert calibration_error(uncalibrated, y) > 0.15
+    assert calibration_error(calibrated, y) < 0.02
+    assert (uncalibrated.argmax(axis=1) == calibrated.argmax(axis=1)).all()
 
 
 def test_the_calibration_error_equals_a_value_computed_by_hand():
@@ -72,7 +75,7 @@ def test_the_calibration_error_equals_a_value_computed_by_hand():
 
 
 def test_probabilities_for_another_prior_follow_bayes_rule():
-    """Two classes of one column each with unit variance: the posterior is known for any mix."""
+    """Two normal classes of unit variance, whose posterior is known for any prior."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=1000)
     likelihood = np.stack([np.exp(-((x - m) ** 2) / 2) for m in (0.0, 1.5)], axis=1)
@@ -89,16 +92,16 @@ def test_probabilities_for_another_prior_follow_bayes_rule():
 
 def test_unnamed_classes_share_the_remaining_prior():
     offsets = compute_prior_offsets({"a": 10, "b": 30, "c": 60}, {"a": 0.4}, ["a", "b", "c"])
-    after = np.exp(offsets) * [0.1, 0.3, 0.6]
-    np.testing.assert_allclose(after, [0.4, 0.2, 0.4])
+    corrected_prior = np.exp(offsets) * [0.1, 0.3, 0.6]
+    np.testing.assert_allclose(corrected_prior, [0.4, 0.2, 0.4])
 
 
-@pytest.mark.parametrize(("target", "words"), [
-    ({"d": 0.5}, "not one of the 3 classes"), ({"a": 0.0}, "not above 0"), ({"a": float("nan")}, "not above 0"),
-    ({"a": 1.0}, "nothing is left"),
+@pytest.mark.parametrize(("target", "message"), [
+    ({"d": 0.5}, "not among the 3 classes"), ({"a": 0.0}, "not above 0"), ({"a": float("nan")}, "not above 0"),
+    ({"a": 1.0}, "leaves nothing for the others"),
 ])  # fmt: skip
-def test_invalid_priors_are_refused(target, words):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_priors_are_refused(target, message):
+    with pytest.raises(ConfigError, match=message):
         compute_prior_offsets({"a": 1, "b": 1, "c": 1}, target, ["a", "b", "c"])
 
 
@@ -107,18 +110,20 @@ def test_logits_are_computed_from_decision_functions_or_from_probabilities():
     X, y = rng.normal(size=(60, 3)), np.arange(60) % 3
     ridge = RidgeClassifier().fit(X, y)
     np.testing.assert_array_equal(compute_logits(ridge, X), ridge.decision_function(X))
-    two = RidgeClassifier().fit(X, y > 0)
-    np.testing.assert_array_equal(compute_logits(two, X), np.column_stack([np.zeros(60), two.decision_function(X)]))
-    near = KNeighborsClassifier().fit(X, y)
-    np.testing.assert_allclose(softmax(compute_logits(near, X), axis=1), near.predict_proba(X), atol=1e-9)
+    binary_ridge = RidgeClassifier().fit(X, y > 0)
+    np.testing.assert_array_equal(
+        compute_logits(binary_ridge, X), np.column_stack([np.zeros(60), binary_ridge.decision_function(X)])
+    )
+    knn = KNeighborsClassifier().fit(X, y)
+    np.testing.assert_allclose(softmax(compute_logits(knn, X), axis=1), knn.predict_proba(X), atol=1e-9)
 
 
 def test_a_calibration_is_stored_as_json_and_validated():
     calibration = Calibration(1.7, (0.1, -0.2))
     assert Calibration.from_dict(calibration.to_dict(), 2) == calibration
-    for facts in (
+    for invalid_record in (
         {"temperature": 0, "offsets": []}, {"temperature": float("nan"), "offsets": []},
         {"temperature": 1, "offsets": [0.1]}, {"temperature": 1, "offsets": [0.1, float("inf")]},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="a calibration of"):
-            Calibration.from_dict(facts, 2)
+        with pytest.raises(ValueError, match="the calibration has temperature"):
+            Calibration.from_dict(invalid_record, 2)

@@ -34,10 +34,10 @@ def test_neighbours_match_scikit_learn_for_any_block_size(monkeypatch, exclude_s
     monkeypatch.setattr(nearest_neighbors, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(nearest_neighbors, "_BLOCK_COLUMNS", columns)
     monkeypatch.setattr(nearest_neighbors, "_SPAN_COLUMNS", span)
-    rows, others = make_unit_rows(100), make_unit_rows(120, seed=1)
-    others = rows if exclude_self else others
-    similarities, indices = find_nearest_neighbors(rows, others, 4, exclude_self=exclude_self)
-    oracle = NearestNeighbors(n_neighbors=4 + exclude_self, metric="cosine", algorithm="brute").fit(others)
+    rows, references = make_unit_rows(100), make_unit_rows(120, seed=1)
+    references = rows if exclude_self else references
+    similarities, indices = find_nearest_neighbors(rows, references, 4, exclude_self=exclude_self)
+    oracle = NearestNeighbors(n_neighbors=4 + exclude_self, metric="cosine", algorithm="brute").fit(references)
     distances, expected = oracle.kneighbors(rows)
     np.testing.assert_array_equal(indices, expected[:, exclude_self:])
     np.testing.assert_allclose(1 - similarities, distances[:, exclude_self:], atol=1e-5)
@@ -75,7 +75,7 @@ def make_predictions(y, p, names="abcd"):
     return LabeledPredictions("classification", [f"{i}.jpg" for i in range(len(y))], y, p, names)
 
 
-def by_name(findings):
+def index_by_name(findings):
     return {finding.name: finding for finding in findings}
 
 
@@ -83,20 +83,20 @@ def test_planted_label_errors_are_found_with_their_correct_labels():
     pytest.importorskip("cleanlab")
     y, p = make_probabilities()
     labels = y.copy()
-    planted = np.arange(0, 60, 3)
-    labels[planted] = (labels[planted] + 1) % 4
-    finding = by_name(make_prediction_findings(make_predictions(labels, p)))["label_errors"]
+    wrong_rows = np.arange(0, 60, 3)
+    labels[wrong_rows] = (labels[wrong_rows] + 1) % 4
+    finding = index_by_name(make_prediction_findings(make_predictions(labels, p)))["label_errors"]
     ids = {row["id"] for row in finding.rows}
-    expected = {f"{i}.jpg" for i in planted}
+    expected = {f"{i}.jpg" for i in wrong_rows}
     assert len(ids & expected) >= 18
     assert len(ids - expected) <= 4
     suggested = {row["id"]: row["suggested"] for row in finding.rows}
-    assert all(suggested[f"{i}.jpg"] == "abcd"[y[i]] for i in planted if f"{i}.jpg" in ids)
+    assert all(suggested[f"{i}.jpg"] == "abcd"[y[i]] for i in wrong_rows if f"{i}.jpg" in ids)
 
 
 def test_without_cleanlab_label_errors_have_a_note_and_other_findings_are_made(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
-    findings = by_name(make_prediction_findings(make_predictions(*make_probabilities())))
+    findings = index_by_name(make_prediction_findings(make_predictions(*make_probabilities())))
     assert not findings["label_errors"].rows
     assert "featpipe[labels]" in findings["label_errors"].note
     assert findings["unsure"].rows
@@ -105,7 +105,7 @@ def test_without_cleanlab_label_errors_have_a_note_and_other_findings_are_made(m
 def test_errors_uncertain_rows_and_confused_pairs_are_sorted():
     y, p = make_probabilities(seed=3)
     p = 0.6 * p + 0.1
-    findings = by_name(make_prediction_findings(make_predictions(y, p)))
+    findings = index_by_name(make_prediction_findings(make_predictions(y, p)))
     wrong = np.flatnonzero(p.argmax(axis=1) != y)
     order = wrong[np.argsort(-p[wrong].max(axis=1), kind="stable")]
     assert [row["id"] for row in findings["mistakes"].rows] == [f"{i}.jpg" for i in order]
@@ -122,13 +122,13 @@ def test_multilabel_and_regression_tasks_have_findings():
     y = (rng.random((200, 3)) < 0.5).astype(int)
     p = np.clip(0.05 + 0.9 * y + rng.normal(0, 0.03, y.shape), 0, 1)
     y[5] = 1 - y[5]
-    findings = by_name(
+    findings = index_by_name(
         make_prediction_findings(LabeledPredictions("multilabel", [str(i) for i in range(200)], y, p, "abc"))
     )
     assert findings["mistakes"].rows[0]["id"] == "5"
     assert findings["mistakes"].total == 1
     target = rng.normal(size=100)
-    findings = by_name(
+    findings = index_by_name(
         make_prediction_findings(
             LabeledPredictions("regression", [str(i) for i in range(100)], target, target + (np.arange(100) == 9), "t")
         )

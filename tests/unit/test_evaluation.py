@@ -63,22 +63,24 @@ def test_training_rows_are_left_out_and_counted(embed: Any, make_folder: Any, tm
     model = train(embed(folder))
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
         (path.parent / f"copy-{number}.jpg").write_bytes(path.read_bytes())
-    new = make_folder(each=9, name="new")  # its first four of each class are the same images
-    (new / "stray.jpg").write_bytes((new / "ape" / "08.jpg").read_bytes())
-    (new / "bee" / "08.jpg").write_bytes(b"no image")
+    new_folder = make_folder(each=9, name="new")  # its first four of each class are the same images
+    (new_folder / "stray.jpg").write_bytes((new_folder / "ape" / "08.jpg").read_bytes())
+    (new_folder / "bee" / "08.jpg").write_bytes(b"no image")
     with logged_warning("1 unsupported"):
-        cache = embed(new)
+        cache = embed(new_folder)
     evaluation = evaluate(model, cache)
-    unseen = [i for i, name in enumerate(cache.ids) if name.endswith(("4.jpg", "5.jpg", "6.jpg", "7.jpg", "8.jpg"))]
-    unseen = [i for i in unseen if cache.ids[i] != "bee/08.jpg"]
-    assert evaluation.rows.tolist() == unseen
+    unseen_rows = [
+        i for i, name in enumerate(cache.ids) if name.endswith(("4.jpg", "5.jpg", "6.jpg", "7.jpg", "8.jpg"))
+    ]
+    unseen_rows = [i for i in unseen_rows if cache.ids[i] != "bee/08.jpg"]
+    assert evaluation.rows.tolist() == unseen_rows
     assert evaluation.left_out == {"unsupported": 1, "without a label": 1, "trained on": 12}
     assert len(evaluation.rows) + sum(evaluation.left_out.values()) == len(cache)
-    probabilities = model.predict_proba_features(cache.features()[unseen])
-    truth = [str(cache.ids[i]).split("/")[0] for i in unseen]
+    probabilities = model.predict_proba_features(cache.features()[unseen_rows])
+    truth = [str(cache.ids[i]).split("/")[0] for i in unseen_rows]
     assert np.array_equal(evaluation.predicted, probabilities)
-    best = np.array(model.classes)[probabilities.argmax(axis=1)]
-    assert evaluation.scores.metrics["accuracy"].value == accuracy_score(truth, best)
+    predicted_names = np.array(model.classes)[probabilities.argmax(axis=1)]
+    assert evaluation.scores.metrics["accuracy"].value == accuracy_score(truth, predicted_names)
     assert evaluation.scores.to_dict() == score("classification", truth, probabilities, model.classes).to_dict()
     assert "left out: 1 unsupported, 1 without a label, 12 trained on" in evaluation.table()
     document = evaluation.to_dict()
@@ -108,26 +110,26 @@ def test_an_evaluation_without_rows_raises_with_the_reasons(embed: Any, make_fol
 def test_a_cache_of_other_embeddings_is_refused_with_the_differences(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
     model = train(embed(folder))
-    half = embed(folder, "half", storage="float16", precision="bf16")
+    bf16_cache = embed(folder, "half", storage="float16", precision="bf16")
     with pytest.raises(CacheMismatchError, match=r"precision is 'bf16', asked for 'fp32'; storage is 'float16'"):
-        evaluate(model, half)
-    other = embed(folder, "other")
-    other.manifest["outputs"] = {"conv:avg": [8]}
+        evaluate(model, bf16_cache)
+    other_output_cache = embed(folder, "other")
+    other_output_cache.manifest["outputs"] = {"conv:avg": [8]}
     with pytest.raises(CacheMismatchError, match=r"contains conv:avg, the model was trained on 'pooled'"):
-        evaluate(model, other)
+        evaluate(model, other_output_cache)
 
 
 def test_unknown_classes_raise_an_error_that_names_them(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder()))
-    other = embed(make_folder(("ape", "dog", "elk", "fox", "gnu"), each=8, name="other"))
+    other_cache = embed(make_folder(("ape", "dog", "elk", "fox", "gnu"), each=8, name="other"))
     with pytest.raises(ConfigError, match=r"does not know: 'dog', 'elk', 'fox' and 1 more; leave those"):
-        evaluate(model, other)
+        evaluate(model, other_cache)
 
 
 def test_classes_missing_from_the_cache_keep_their_columns(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder(("ape", "bee", "cow"), each=3)))
-    fewer = embed(make_folder(("cow", "ape"), each=5, name="fewer"))
-    evaluation = evaluate(model, fewer)
+    cache = embed(make_folder(("cow", "ape"), each=5, name="fewer"))
+    evaluation = evaluate(model, cache)
     assert evaluation.predicted.shape[1] == 3
     assert evaluation.scores.classes == ("ape", "bee", "cow")
     assert evaluation.scores.confusion is not None
@@ -138,31 +140,31 @@ def test_labels_for_another_task_are_refused(embed: Any, make_folder: Any) -> No
     folder = make_folder()
     model = train(embed(folder))
     table = make_label_table(folder, dict.fromkeys(list_images(folder), "0.5"), "target")
-    with pytest.raises(ConfigError, match="has labels for regression, the model does classification"):
+    with pytest.raises(ConfigError, match="has labels for regression, the model is for classification"):
         evaluate(model, embed(folder, labels=table))
-    flat = folder / "ape"
-    with pytest.raises(ConfigError, match="has no labels, the model does classification"):
-        evaluate(model, embed(flat))
+    class_folder = folder / "ape"
+    with pytest.raises(ConfigError, match="has no labels, the model is for classification"):
+        evaluate(model, embed(class_folder))
 
 
 def test_an_archive_is_embedded_only_once(
     tiny: Any, embed: Any, make_folder: Any, tmp_path: Path, forward_passes: list[int]
 ) -> None:
     model = train(embed(make_folder(each=3))).attach(tiny)
-    new = make_folder(each=7, name="new")
+    new_folder = make_folder(each=7, name="new")
     with tarfile.open(tmp_path / "new.tar", "w") as file:
-        file.add(new, arcname="new")
+        file.add(new_folder, arcname="new")
     forward_passes.clear()
-    first = evaluate(model, new, cache=tmp_path / "cache")
+    first = evaluate(model, new_folder, cache=tmp_path / "cache")
     assert sum(forward_passes) == 12  # nine of the 21 were embedded for training
     forward_passes.clear()
-    again = evaluate(model, str(new), cache=tmp_path / "cache")
-    packed = evaluate(model, [tmp_path / "new.tar"], cache=tmp_path / "cache")
-    reopened = evaluate(model, str(first.cache.path))
+    repeated = evaluate(model, str(new_folder), cache=tmp_path / "cache")
+    from_tar = evaluate(model, [tmp_path / "new.tar"], cache=tmp_path / "cache")
+    from_cache = evaluate(model, str(first.cache.path))
     assert forward_passes == []
-    for other in (again, packed, reopened):
-        assert other.scores.to_dict() == first.scores.to_dict()
-        assert other.left_out == {"trained on": 9}
+    for evaluation in (repeated, from_tar, from_cache):
+        assert evaluation.scores.to_dict() == first.scores.to_dict()
+        assert evaluation.left_out == {"trained on": 9}
 
 
 def test_a_cache_is_scored_without_loading_the_backbone(embed: Any, make_folder: Any, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_invalid_data_arguments_raise_errors(embed: Any, make_folder: Any, tmp_p
     model = train(cache)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         evaluate(model, [])
-    with pytest.raises(ConfigError, match="2 caches were given; evaluate takes one cache, or archives"):
+    with pytest.raises(ConfigError, match="2 caches were given; give one cache, or archives"):
         evaluate(model, [cache.path, cache.path])
     with pytest.raises(ConfigError, match="a cache contains its labels"):
         evaluate(model, cache.path, labels=tmp_path / "labels.csv")
@@ -191,45 +193,58 @@ def train_on_table(embed: Any, folder: Path, table: LabelTable, **settings: Any)
 
 
 def test_regression_targets_are_matched_by_name(embed: Any, make_folder: Any) -> None:
-    folder, new = make_folder(each=8), make_folder(each=12, name="new")
+    folder, new_folder = make_folder(each=8), make_folder(each=12, name="new")
     rng = np.random.default_rng(0)
-    numbers = {name: rng.normal(size=2).round(3) for name in list_images(new)}
-    old = make_label_table(
-        folder, {name: "{},{}".format(*numbers[name]) for name in list_images(folder)}, "height,weight"
+    targets_by_name = {name: rng.normal(size=2).round(3) for name in list_images(new_folder)}
+    training_table = make_label_table(
+        folder, {name: "{},{}".format(*targets_by_name[name]) for name in list_images(folder)}, "height,weight"
     )
-    model = train_on_table(embed, folder, old, head="linear")
-    swapped = make_label_table(
-        new, {name: "{1},{0}".format(*numbers[name]) for name in list_images(new)}, "weight,height"
+    model = train_on_table(embed, folder, training_table, head="linear")
+    swapped_table = make_label_table(
+        new_folder,
+        {name: "{1},{0}".format(*targets_by_name[name]) for name in list_images(new_folder)},
+        "weight,height",
     )
-    cache = embed(new, labels=swapped)
+    cache = embed(new_folder, labels=swapped_table)
     assert (model.classes, cache.classes) == (("height", "weight"), ("weight", "height"))
     evaluation = evaluate(model, cache)
-    truth = np.array([numbers[cache.ids[int(row)]] for row in evaluation.rows])
+    truth = np.array([targets_by_name[cache.ids[int(row)]] for row in evaluation.rows])
     assert len(truth) == 12
     assert evaluation.scores.metrics["mae"].value == pytest.approx(mean_absolute_error(truth, evaluation.predicted))
-    other = make_label_table(new, {name: "{1},{0}".format(*numbers[name]) for name in list_images(new)}, "weight,depth")
+    other_table = make_label_table(
+        new_folder, {name: "{1},{0}".format(*targets_by_name[name]) for name in list_images(new_folder)}, "weight,depth"
+    )
     with pytest.raises(ConfigError, match="has no target 'height', which the model predicts; it has 'weight', 'depth'"):
-        evaluate(model, embed(new, labels=other))
+        evaluate(model, embed(new_folder, labels=other_table))
 
 
 def test_multilabel_columns_are_matched_by_name(embed: Any, make_folder: Any) -> None:
-    folder, new = make_folder(each=6), make_folder(each=10, name="new")
-    kinds = {"ape": "fur;big", "bee": "wings", "cow": "big;milk"}
-    old = make_label_table(folder, {name: kinds[name[:3]] for name in list_images(folder)}, "labels")
-    model = train_on_table(embed, folder, old)
-    kinds |= {"cow": "big"}  # no image has the label milk, so that the columns differ
-    table = make_label_table(new, {name: kinds[name[:3]] for name in list_images(new)}, "labels")
-    evaluation = evaluate(model, embed(new, labels=table))
+    folder, new_folder = make_folder(each=6), make_folder(each=10, name="new")
+    labels_by_class = {"ape": "fur;big", "bee": "wings", "cow": "big;milk"}
+    training_table = make_label_table(
+        folder, {name: labels_by_class[name[:3]] for name in list_images(folder)}, "labels"
+    )
+    model = train_on_table(embed, folder, training_table)
+    labels_by_class |= {"cow": "big"}  # no image has the label milk, so that the columns differ
+    table = make_label_table(
+        new_folder, {name: labels_by_class[name[:3]] for name in list_images(new_folder)}, "labels"
+    )
+    evaluation = evaluate(model, embed(new_folder, labels=table))
     truth = np.array(
-        [[c in kinds[evaluation.cache.ids[int(row)][:3]].split(";") for c in model.classes] for row in evaluation.rows]
+        [
+            [c in labels_by_class[evaluation.cache.ids[int(row)][:3]].split(";") for c in model.classes]
+            for row in evaluation.rows
+        ]
     )
     assert model.classes == ("big", "fur", "milk", "wings")
     columns = [0, 1, 3]
-    oracle = average_precision_score(truth[:, columns], evaluation.predicted[:, columns], average="macro")
-    assert evaluation.scores.metrics["mean_average_precision"].value == pytest.approx(oracle)
-    table = make_label_table(new, {name: kinds[name[:3]] + ";tail" for name in list_images(new)}, "labels")
+    expected = average_precision_score(truth[:, columns], evaluation.predicted[:, columns], average="macro")
+    assert evaluation.scores.metrics["mean_average_precision"].value == pytest.approx(expected)
+    table = make_label_table(
+        new_folder, {name: labels_by_class[name[:3]] + ";tail" for name in list_images(new_folder)}, "labels"
+    )
     with pytest.raises(ConfigError, match="does not know: 'tail'"):
-        evaluate(model, embed(new, labels=table))
+        evaluate(model, embed(new_folder, labels=table))
 
 
 def save_resized_copy(path: Path, out: Path, size: tuple[int, int]) -> None:
@@ -242,42 +257,44 @@ def save_resized_copy(path: Path, out: Path, size: tuple[int, int]) -> None:
 def model_and_caches(embed: Any, make_folder: Any) -> tuple[Any, FeatureCache, FeatureCache]:
     """A model, its training cache, and a test cache with near duplicates of two training images."""
     training_cache = embed(make_folder(each=12))
-    new = make_folder(each=20, name="new")
-    for path in sorted(new.rglob("*.jpg")):
+    new_folder = make_folder(each=20, name="new")
+    for path in sorted(new_folder.rglob("*.jpg")):
         if int(path.stem) < 12:
             path.unlink()
     for i in (3, 4):
-        save_resized_copy(new.parent / "photos" / "ape" / f"{i:02}.jpg", new / "ape" / f"copy-{i}.png", (39, 31))
-    return train(training_cache, cv=3, params={"C": 1.0}), training_cache, embed(new)
+        save_resized_copy(
+            new_folder.parent / "photos" / "ape" / f"{i:02}.jpg", new_folder / "ape" / f"copy-{i}.png", (39, 31)
+        )
+    return train(training_cache, cv=3, params={"C": 1.0}), training_cache, embed(new_folder)
 
 
 def test_near_duplicates_of_training_images_are_found_and_scored_without(model_and_caches: Any) -> None:
     model, training_cache, cache = model_and_caches
     evaluation = evaluate(model, cache, trained_on=training_cache, near=0.999)
-    copies = evaluation.duplicates
+    duplicates = evaluation.duplicates
     names = {
         cache.ids[int(evaluation.rows[a])]: training_cache.ids[int(evaluation.reference.rows[b])]
-        for a, b in zip(copies.training.rows, copies.training.others, strict=True)
+        for a, b in zip(duplicates.training.rows, duplicates.training.others, strict=True)
     }
     assert names == {"ape/copy-3.png": "ape/03.jpg", "ape/copy-4.png": "ape/04.jpg"}
     is_original = np.array(["copy" not in cache.ids[int(row)] for row in evaluation.rows])
-    oracle = accuracy_score(
+    expected = accuracy_score(
         evaluation.truth[is_original], np.array(model.classes)[evaluation.predicted[is_original].argmax(axis=1)]
     )
-    assert copies.without.metrics["accuracy"].value == pytest.approx(oracle)
+    assert duplicates.without.metrics["accuracy"].value == pytest.approx(expected)
     assert "2 rows are near duplicates of a training image" in evaluation.table()
 
 
-def test_the_training_cache_is_found_beside_the_data_and_verified_by_digests(
+def test_the_training_cache_is_found_next_to_the_data_and_verified_by_digests(
     model_and_caches: Any, tmp_path: Path, embed: Any, make_folder: Any
 ) -> None:
     model, training_cache, cache = model_and_caches
     assert evaluate(model, cache).reference.cache.path == training_cache.path
     model.history["trained_on"]["cache"] = cache.path.name  # a file of this name exists, but is another cache
-    missing = evaluate(model, cache)
-    assert missing.reference is None
-    assert "not checked" in missing.table()
-    assert missing.learning_curve is None
+    evaluation = evaluate(model, cache)
+    assert evaluation.reference is None
+    assert "not checked" in evaluation.table()
+    assert evaluation.learning_curve is None
     with pytest.raises(ConfigError, match="trained on none of its images; give the cache on which it was trained"):
         evaluate(model, cache, trained_on=cache)
 
@@ -285,17 +302,17 @@ def test_the_training_cache_is_found_beside_the_data_and_verified_by_digests(
 def test_models_are_compared_on_rows_unseen_by_all(model_and_caches: Any, embed: Any, make_folder: Any) -> None:
     model, _, cache = model_and_caches
     folder = make_folder(each=15, name="overlap")  # images 12 to 14 of each class are in the test cache
-    other = train(embed(folder), "centroid")
-    evaluation = evaluate(model, cache, against=[other])
+    other_model = train(embed(folder), "centroid")
+    evaluation = evaluate(model, cache, against=[other_model])
     assert evaluation.left_out == {"trained on": 9}
     (baseline,) = evaluation.rivals
     assert baseline.name == "centroid"
-    other_evaluation = evaluate(other, cache)
+    other_evaluation = evaluate(other_model, cache)
     assert other_evaluation.rows.tolist() == evaluation.rows.tolist()
     assert baseline.scores.to_dict() == other_evaluation.scores.to_dict()
-    first, second = evaluation.judged.is_correct, other_evaluation.judged.is_correct
-    assert baseline.paired.only_first == (first & ~second).sum()
-    assert baseline.paired.only_second == (second & ~first).sum()
+    is_correct, is_other_correct = evaluation.judged.is_correct, other_evaluation.judged.is_correct
+    assert baseline.paired.only_first == (is_correct & ~is_other_correct).sum()
+    assert baseline.paired.only_second == (is_other_correct & ~is_correct).sum()
     assert "against centroid, on the same" in evaluation.table()
 
 
@@ -344,7 +361,7 @@ def test_findings_of_training_come_from_out_of_fold_predictions(embed: Any, make
     estimate = train(cache, cv=3, params={"C": 1.0}).scores["cross_validation"]
     assert len(mistakes) == round(36 * (1 - estimate["metrics"]["accuracy"]["value"]))
     assert all(names[row["id"]] == row["label"] != row["predicted"] for row in mistakes)
-    with pytest.raises(ConfigError, match="findings are of images that were held out; give cv"):
+    with pytest.raises(ConfigError, match="findings are made from predictions on held-out images; give cv"):
         train(cache, findings=tmp_path / "findings")
 
 
@@ -361,8 +378,12 @@ def test_the_json_document_validates_against_the_schema(model_and_caches: Any, e
     assert set(document["findings"]) < set(schema["properties"]["findings"]["properties"])
     assert document["sets"][1]["level"] == 0.9
     assert 0 <= document["novelty"]["median"] < 1
-    alone = json.loads(json.dumps(evaluate(train(embed(make_folder(name="few"))), cache).to_dict(), allow_nan=False))
-    jsonschema.validate(alone, schema)  # a model without cross-validation, whose training images are few
+    document_of_small_model = json.loads(
+        json.dumps(evaluate(train(embed(make_folder(name="few"))), cache).to_dict(), allow_nan=False)
+    )
+    jsonschema.validate(
+        document_of_small_model, schema
+    )  # of a model with few training images and without cross-validation
 
 
 def test_the_schema_keeps_every_key_of_version_1_0() -> None:

@@ -23,7 +23,7 @@ from featpipe.finetuning.split import make_splits
 from tests.support.finetuning import Ladder, small_transform, write_photos
 from tests.support.interrupts import interrupt_fine_tuning
 
-QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
+QUICK_SETTINGS = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def ladder():
 
 @pytest.fixture
 def photos(tmp_path):
-    """Images that were written long ago: the times of fresh files are not yet trusted, and are stored later."""
+    """Images with old modification times, since caches do not rely on the times of fresh files."""
     folder = write_photos(tmp_path / "photos", each=14)
     for file in folder.rglob("*.png"):
         os.utime(file, (1e9, 1e9))
@@ -48,24 +48,24 @@ def model(tmp_path, photos, ladder):
     return trained
 
 
-def marked(photos, path, marks) -> None:
-    """A table of labels with a split: the first images of each class have the marks, the others train."""
+def write_split_table(photos, path, marks) -> None:
+    """Write a table of labels with a split: images are marked by their number, all others for training."""
     rows = []
     for file in sorted(photos.rglob("*.png")):
-        place = int(file.stem)
-        rows.append([f"{file.parent.name}/{file.name}", file.parent.name, marks.get(place, "train")])
+        number = int(file.stem)
+        rows.append([f"{file.parent.name}/{file.name}", file.parent.name, marks.get(number, "train")])
     with open(path, "w") as table:
         csv.writer(table).writerows([["path", "label", "split"], *rows])
 
 
 def test_fine_tuning_reduces_the_loss_and_compares_with_the_probe(tmp_path, photos, model):
-    settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 6e-3}
+    settings = {**QUICK_SETTINGS, "epochs": 12, "patience": 0, "learning_rate": 6e-3}
     result = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
     assert result.curve[result.best_epoch]["validation_loss"] < result.curve[0]["validation_loss"]
     assert result.kept == "fine-tuned"
-    reread = featpipe.load_model(tmp_path / "t.model", backbone=None)
-    assert reread.classes == model.classes
-    assert reread.facts["backbone"]["weights"] != model.facts["backbone"]["weights"]
+    loaded = featpipe.load_model(tmp_path / "t.model", backbone=None)
+    assert loaded.classes == model.classes
+    assert loaded.facts["backbone"]["weights"] != model.facts["backbone"]["weights"]
     accuracy = next(row for row in result.comparison.metrics if row["name"] == "accuracy")
     assert accuracy["tuned"][0] >= accuracy["probe"][0]
     assert sum(row["rows"] for row in result.comparison.per_class) == result.comparison.n
@@ -74,7 +74,7 @@ def test_fine_tuning_reduces_the_loss_and_compares_with_the_probe(tmp_path, phot
 
 
 def test_the_model_predicts_from_embeddings_of_the_trained_network(tmp_path, photos, model):
-    tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
+    tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK_SETTINGS)
     files = sorted(photos.rglob("*.png"))[::5]
     images = [decode_image(file.read_bytes()) for file in files]
     batch = torch.stack([small_transform(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
@@ -85,45 +85,42 @@ def test_the_model_predicts_from_embeddings_of_the_trained_network(tmp_path, pho
 
 
 def test_the_old_backbone_and_its_cache_are_not_changed(tmp_path, photos, model, ladder):
-    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*.h5")}
-    weights = {name: value.clone() for name, value in ladder.network.state_dict().items()}
-    tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
-    assert {name: (tmp_path / "cache" / name).read_bytes() for name in before} == before
-    assert all(torch.equal(value, weights[name]) for name, value in ladder.network.state_dict().items())
+    cache_bytes = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*.h5")}
+    old_weights = {name: value.clone() for name, value in ladder.network.state_dict().items()}
+    tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK_SETTINGS).model
+    assert {name: (tmp_path / "cache" / name).read_bytes() for name in cache_bytes} == cache_bytes
+    assert all(torch.equal(value, old_weights[name]) for name, value in ladder.network.state_dict().items())
     caches = [featpipe.FeatureCache(path) for path in (tmp_path / "cache").glob("*.h5")]
     assert {cache.facts["backbone"]["weights"] for cache in caches} == {ladder.digest, tuned.backbone.digest}
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 def test_regression_and_multilabel_models_are_fine_tuned(tmp_path, photos, ladder, task):
-    column, of = {
+    column, label_by_class = {
         "regression": ("target", {"ape": 1000.5, "bee": 1200.25, "cow": 1500.0}),
         "multilabel": ("labels", {"ape": "red;warm", "bee": "green", "cow": "blue;warm"}),
     }[task]
     names = [f"{file.parent.name}/{file.name}" for file in sorted(photos.rglob("*.png"))]
     with open(tmp_path / "t.csv", "w") as table:
-        csv.writer(table).writerows([["path", column], *([name, of[name.split("/")[0]]] for name in names)])
+        csv.writer(table).writerows([["path", column], *([name, label_by_class[name.split("/")[0]]] for name in names)])
     cache = featpipe.extract(photos, backbone=ladder, labels=tmp_path / "t.csv", cache=tmp_path / "cache")
     model = featpipe.train(cache, "ridge" if task == "regression" else "logistic").attach(ladder)
-    settings = {**QUICK, "epochs": 8, "learning_rate": 1e-3, "patience": 0}
+    settings = {**QUICK_SETTINGS, "epochs": 8, "learning_rate": 1e-3, "patience": 0}
     result = finetune(model, photos, labels=tmp_path / "t.csv", cache=tmp_path / "cache", keep_worse=True, **settings)
     assert result.curve[-1]["loss"] < 0.9 * result.curve[1]["loss"]
-    answers = result.model.predict(sorted(photos.rglob("*.png"))[:2])
-    assert answers.shape == ((2,) if task == "regression" else (2, 4))
-
-
-# -- honest rows ------------------------------------------------------------------------------------------------------
+    predictions = result.model.predict(sorted(photos.rglob("*.png"))[:2])
+    assert predictions.shape == ((2,) if task == "regression" else (2, 4))
 
 
 def test_no_image_is_in_two_splits_and_the_split_depends_on_its_bytes(tmp_path, photos, model, ladder):
     shutil.copy(photos / "ape" / "03.png", photos / "ape" / "99.png")
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
     splits = make_splits(model, cache, FineTuneConfig())
-    rows = [set(side.tolist()) for side in (splits.train, splits.validation, splits.test)]
-    assert len(set.union(*rows)) == sum(map(len, rows)) == len(cache)
-    digests = [{cache.digests[row].tobytes() for row in side} for side in rows]
+    row_sets = [set(split_rows.tolist()) for split_rows in (splits.train, splits.validation, splits.test)]
+    assert len(set.union(*row_sets)) == sum(map(len, row_sets)) == len(cache)
+    digests = [{cache.digests[row].tobytes() for row in split_rows} for split_rows in row_sets]
     assert not digests[0] & digests[1] | digests[0] & digests[2] | digests[1] & digests[2]
-    write_photos(photos, each=3, first=500_000)  # the first three of each class are other pictures now
+    write_photos(photos, each=3, first=500_000)  # replaces the first three images of each class
     changed = make_splits(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuneConfig())
     assert {cache.ids[row] for row in splits.test if int(cache.ids[row][-6:-4]) > 2} == {
         cache.ids[row] for row in changed.test if int(cache.ids[row][-6:-4]) > 2
@@ -131,12 +128,12 @@ def test_no_image_is_in_two_splits_and_the_split_depends_on_its_bytes(tmp_path, 
 
 
 def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
-    marked(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
+    write_split_table(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
     splits = make_splits(model, cache, FineTuneConfig())
     assert {cache.ids[row][-6:-4] for row in splits.test} == {"00", "01"}
     assert {cache.ids[row][-6:-4] for row in splits.validation} == {"02"}
-    marked(photos, tmp_path / "s2.csv", {0: "test"})
+    write_split_table(photos, tmp_path / "s2.csv", {0: "test"})
     partly_marked = featpipe.extract(photos, labels=tmp_path / "s2.csv", backbone=ladder, cache=tmp_path / "cache3")
     splits = make_splits(model, partly_marked, FineTuneConfig())
     assert {partly_marked.ids[row][-6:-4] for row in splits.test} == {"00"}
@@ -145,7 +142,7 @@ def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
 
 
 def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tmp_path, photos, model, log):
-    result = finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+    result = finetune(model, photos, cache=tmp_path / "cache", **QUICK_SETTINGS)
     notes = [text for text in log if "fitted again" in text]
     cache = next(
         c
@@ -160,22 +157,22 @@ def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tm
     y = cache.label_table.values
     from featpipe import heads
 
-    reread = heads.build("lda").fit(cache.X[splits.train_and_validation], y[splits.train_and_validation])
-    expected = float(np.mean(reread.predict(cache.X[splits.test]) == y[splits.test]))
+    refitted = heads.build("lda").fit(cache.X[splits.train_and_validation], y[splits.train_and_validation])
+    expected = float(np.mean(refitted.predict(cache.X[splits.test]) == y[splits.test]))
     accuracy = next(row for row in result.comparison.metrics if row["name"] == "accuracy")
     assert accuracy["probe"][0] == pytest.approx(expected)
 
 
-def test_a_probe_that_was_not_trained_on_them_is_used_as_it_is(tmp_path, photos, ladder, log):
-    marked(photos, tmp_path / "s.csv", {0: "test", 1: "validation"})
+def test_a_probe_that_was_not_trained_on_test_images_is_used_unchanged(tmp_path, photos, ladder, log):
+    write_split_table(photos, tmp_path / "s.csv", {0: "test", 1: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
     model = featpipe.train(cache, "lda").attach(ladder)
-    finetune(model, photos, labels=tmp_path / "s.csv", cache=tmp_path / "cache", **QUICK)
+    finetune(model, photos, labels=tmp_path / "s.csv", cache=tmp_path / "cache", **QUICK_SETTINGS)
     assert not [text for text in log if "fitted again" in text]
 
 
 def test_the_model_records_its_training_and_validation_images(tmp_path, photos, model, ladder):
-    result = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
+    result = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK_SETTINGS)
     tuned = result.model
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
     splits = make_splits(model, cache, FineTuneConfig())
@@ -185,102 +182,96 @@ def test_the_model_records_its_training_and_validation_images(tmp_path, photos, 
     assert FineTuningResult.from_dict(tuned, document_of_earlier_version).images == {}
     assert tuned.was_trained_on(cache.digests[splits.train_and_validation]).all()
     assert not tuned.was_trained_on(cache.digests[splits.test]).any()
-    fresh = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
-    assert fresh.left_out["trained on"] == len(splits.train_and_validation)
-    assert fresh.scores.n == len(splits.test)
+    evaluation = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
+    assert evaluation.left_out["trained on"] == len(splits.train_and_validation)
+    assert evaluation.scores.n == len(splits.test)
 
 
-def test_a_worse_network_is_reported_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
-    verb = import_module("featpipe.finetuning.finetune")
+def test_a_worse_network_is_reported_and_the_probe_is_returned(tmp_path, photos, model, monkeypatch):
+    finetune_module = import_module("featpipe.finetuning.finetune")
 
-    real = verb.compare_models
+    original_compare = finetune_module.compare_models
 
-    def turned(task, truth, probe, tuned, classes):  # each right answer under the next class's name
-        return real(task, truth, probe, np.roll(tuned, 1, axis=1), classes)
+    def compare_rotated(task, truth, probe, tuned, classes):  # probabilities under the next class's name
+        return original_compare(task, truth, probe, np.roll(tuned, 1, axis=1), classes)
 
-    monkeypatch.setattr(verb, "compare_models", turned)
-    settings = {**QUICK, "learning_rate": 1e-2}
+    monkeypatch.setattr(finetune_module, "compare_models", compare_rotated)
+    settings = {**QUICK_SETTINGS, "learning_rate": 1e-2}
     result = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "k.model", **settings)
     assert result.comparison.verdict().startswith("fine-tuned is worse than the probe on ")
     assert result.kept == "probe"
     assert featpipe.load_model(tmp_path / "k.model").facts == model.facts
-    told = featpipe.load_model(tmp_path / "k.model").history["finetuning"]["result"]
-    assert told["kept"] == "probe"
-    kept = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "w.model", keep_worse=True, **settings)
-    assert kept.kept == "fine-tuned"
-
-
-# -- again ------------------------------------------------------------------------------------------------------------
+    record = featpipe.load_model(tmp_path / "k.model").history["finetuning"]["result"]
+    assert record["kept"] == "probe"
+    finetuned = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "w.model", keep_worse=True, **settings)
+    assert finetuned.kept == "fine-tuned"
 
 
 def test_the_same_call_reuses_the_model_and_another_setting_trains_again(tmp_path, photos, model, log):
     out = tmp_path / "t.model"
-    first = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
+    first = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK_SETTINGS)
     data = out.read_bytes()
-    second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
+    second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK_SETTINGS)
     assert out.read_bytes() == data
     assert second.to_dict() == json.loads(json.dumps(first.to_dict()))
     assert any("up to date, nothing to do" in text for text in log)
-    finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **{**QUICK, "seed": 1})
+    finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **{**QUICK_SETTINGS, "seed": 1})
     assert out.read_bytes() != data
 
 
 def test_a_resumed_run_gives_the_same_model(tmp_path, photos, model, monkeypatch):
-    whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
+    uninterrupted = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK_SETTINGS).model
     out = tmp_path / "t.model"
-    trained = interrupt_fine_tuning(monkeypatch, n_steps=3)
+    trained_batches = interrupt_fine_tuning(monkeypatch, n_steps=3)
     with pytest.raises(KeyboardInterrupt):
-        finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
+        finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK_SETTINGS)
     assert out.with_name("t.model.checkpoint").exists()
     assert not out.exists()
     with pytest.raises(ConfigError, match=r"settings.epochs is 2, asked for 5"):
-        finetune(model, photos, cache=tmp_path / "cache", out=out, **{**QUICK, "epochs": 5})
-    resumed = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK).model
-    assert resumed.backbone.digest == whole.backbone.digest
-    np.testing.assert_array_equal(resumed.head[-1].coefs_[0], whole.head[-1].coefs_[0])
-    assert len(trained) < 3 + 2 * 2
-
-
-# -- the backbone -----------------------------------------------------------------------------------------------------
+        finetune(model, photos, cache=tmp_path / "cache", out=out, **{**QUICK_SETTINGS, "epochs": 5})
+    resumed = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK_SETTINGS).model
+    assert resumed.backbone.digest == uninterrupted.backbone.digest
+    np.testing.assert_array_equal(resumed.head[-1].coefs_[0], uninterrupted.head[-1].coefs_[0])
+    assert len(trained_batches) < 3 + 2 * 2
 
 
 def test_the_fine_tuned_backbone_extracts_under_its_own_fingerprint(tmp_path, photos, ladder):
-    """With a network of the table, by name; untrained, since published weights are not needed for this."""
+    """With a registered network, untrained, since this needs no published weights."""
     network = backbones.load("timm/test_resnet", weights="none")
     cache = featpipe.extract(photos, backbone=network, cache=tmp_path / "cache")
     model = featpipe.train(cache, "logistic", params={"C": 1e-4})
-    settings = {**QUICK, "epochs": 4, "unfreeze": "last", "learning_rate": 1e-3}
+    settings = {**QUICK_SETTINGS, "epochs": 4, "unfreeze": "last", "learning_rate": 1e-3}
     out = tmp_path / "t.model"
     tuned = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **settings).model
-    for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
-        loaded = backbones.load(given["backbone"], weights=given.get("weights"))
+    for arguments in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
+        loaded = backbones.load(arguments["backbone"], weights=arguments.get("weights"))
         assert loaded.to_dict() == tuned.backbone.to_dict()
-        reread = featpipe.extract(photos, cache=tmp_path / "cache", **given)
-        assert reread.manifest["embedded"] == 0 or reread.facts == tuned.facts
-        assert reread.facts == tuned.facts
+        new_cache = featpipe.extract(photos, cache=tmp_path / "cache", **arguments)
+        assert new_cache.manifest["embedded"] == 0 or new_cache.facts == tuned.facts
+        assert new_cache.facts == tuned.facts
     assert backbones.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.to_dict()
-    copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
+    moved = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
     out.unlink()
     files = sorted(photos.rglob("*.png"))[:3]
-    np.testing.assert_array_equal(copied.predict_proba(files), tuned.predict_proba(files))
-    trained = featpipe.train(featpipe.extract(photos, backbone=str(copied.path), cache=tmp_path / "cache4"), "lda")
-    trained.save(tmp_path / "other.model")
+    np.testing.assert_array_equal(moved.predict_proba(files), tuned.predict_proba(files))
+    other_model = featpipe.train(featpipe.extract(photos, backbone=str(moved.path), cache=tmp_path / "cache4"), "lda")
+    other_model.save(tmp_path / "other.model")
     assert featpipe.load_model(tmp_path / "other.model").backbone.digest == tuned.backbone.digest
 
 
-def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged_one_is_refused(tmp_path, photos):
+def test_a_model_without_weights_loads_its_published_backbone_and_a_damaged_one_is_refused(tmp_path, photos):
     network = backbones.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     plain = model.save(tmp_path / "plain.model")
     assert backbones.load(str(plain)).to_dict() == network.to_dict()
     with pytest.raises(WeightsError, match="contains no weights"):
         backbones.load("timm/test_resnet", weights=plain)
-    whole = model.save(tmp_path / "whole.model", portable=True)
-    data = bytearray(whole.read_bytes())
+    portable = model.save(tmp_path / "whole.model", portable=True)
+    data = bytearray(portable.read_bytes())
     data[-3000] ^= 1
-    whole.write_bytes(data)
+    portable.write_bytes(data)
     with pytest.raises(WeightsError, match="is damaged"):
-        backbones.load(str(whole))
+        backbones.load(str(portable))
     with pytest.raises(WeightsError, match="there is no such model file"):
         backbones.load(str(tmp_path / "gone.model"))
 
@@ -294,35 +285,32 @@ def test_weights_none_trains_the_untrained_architecture(tmp_path, photos, log):
     assert FineTuneConfig.from_settings(settings).unfreeze == "all"
     assert FineTuneConfig.from_settings(settings).batch_norm == "trained"
     statistics = [name for name in network.network.state_dict() if "running_mean" in name]
-    after = tuned.model.backbone.network.state_dict()
-    assert all(not torch.equal(after[name], network.network.state_dict()[name]) for name in statistics)
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
+    trained_state = tuned.model.backbone.network.state_dict()
+    assert all(not torch.equal(trained_state[name], network.network.state_dict()[name]) for name in statistics)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         (lambda photos: write_photos(photos / "..", 3, ("ape",)) and (photos.parent / "ape").rename(photos / "dog"),
-         ConfigError, "has class 'dog', which the model does not know; add it with `featpipe expand`"),
+         ConfigError, "has class 'dog', which the model does not know; add them with `featpipe expand`"),
         (lambda photos: shutil.rmtree(photos / "cow"), ConfigError,
          "has no image of class 'cow', which the model would forget"),
     ],
 )  # fmt: skip
-def test_labels_with_other_classes_than_the_model_are_refused(tmp_path, photos, model, change, error, words):
+def test_labels_with_other_classes_than_the_model_are_refused(tmp_path, photos, model, change, error, message):
     change(photos)
-    with pytest.raises(error, match=words):
-        finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+    with pytest.raises(error, match=message):
+        finetune(model, photos, cache=tmp_path / "cache", **QUICK_SETTINGS)
 
 
 def test_images_without_labels_are_refused(tmp_path, photos, model):
-    with pytest.raises(CacheError, match="has no labels, the model does classification"):
-        finetune(model, sorted(photos.rglob("*.png")), cache=tmp_path / "cache", **QUICK)
+    with pytest.raises(CacheError, match="has no labels, the model is for classification"):
+        finetune(model, sorted(photos.rglob("*.png")), cache=tmp_path / "cache", **QUICK_SETTINGS)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"unfreze": "all"}, "unknown setting 'unfreze'; did you mean 'unfreeze'"),
         ({"unfreeze": "layer7"}, "unknown part of the network 'layer7'; did you mean"),
@@ -331,26 +319,26 @@ def test_images_without_labels_are_refused(tmp_path, photos, model):
         ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean 'adamw'"),
         ({"label_smoothing": 1}, "below 1"),
         ({"batch": 1, "batch_norm": "trained"}, "batch norms follow the batches.*batch of one"),
-        ({"weights": "none"}, "is a custom network"),
+        ({"weights": "none"}, "not for the custom network"),
     ],
 )
-def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, words):
-    with pytest.raises(ConfigError, match=words):
-        finetune(model, photos, cache=tmp_path / "cache", **{**QUICK, **settings})
+def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(model, photos, cache=tmp_path / "cache", **{**QUICK_SETTINGS, **settings})
 
 
 def test_an_image_that_changed_since_extraction_is_an_error(tmp_path, photos, model, monkeypatch):
-    verb = import_module("featpipe.finetuning.finetune")
+    finetune_module = import_module("featpipe.finetuning.finetune")
 
-    real = verb.train_network
+    original_train = finetune_module.train_network
 
-    def changed(case, *rest):
+    def change_images_and_train(context, *arguments):
         write_photos(photos, each=14, first=77)
-        return real(case, *rest)
+        return original_train(context, *arguments)
 
-    monkeypatch.setattr(verb, "train_network", changed)
-    with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes have changed since it was embedded"):
-        finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+    monkeypatch.setattr(finetune_module, "train_network", change_images_and_train)
+    with pytest.raises(featpipe.SampleError, match=r"\.png: the bytes have changed since the image was embedded"):
+        finetune(model, photos, cache=tmp_path / "cache", **QUICK_SETTINGS)
 
 
 def test_configs_that_differ_in_workers_alone_are_equal_after_replacement():
@@ -379,8 +367,8 @@ def test_epochs_are_logged_to_tensorboard_and_its_absence_is_an_error(tmp_path, 
 
         def __exit__(self, *exception: object) -> None: ...
 
-        def add_scalar(self, *what: object) -> None:
-            written.append(what)
+        def add_scalar(self, *arguments: object) -> None:
+            written.append(arguments)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     make_tensorboard_logger(tmp_path)(EpochRecord(2, float("nan"), 0.5, 0.75, 0.1))

@@ -39,9 +39,7 @@ from tests.support.finetuning import (
 )
 from tests.support.logs import logged_warning
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
-
-EXPECTED = {
+STAGES_BY_TERM = {
     "head": set(),
     "last": {"layer3"},
     "2": {"layer2", "layer3"},
@@ -57,10 +55,10 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("what", EXPECTED)
-def test_unfreeze_selects_stages_layers_and_names(what):
-    chosen = select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
-    assert {name.split(".")[0] for name in chosen.names} == EXPECTED[what]
+@pytest.mark.parametrize("term", STAGES_BY_TERM)
+def test_unfreeze_selects_stages_layers_and_names(term):
+    unfrozen = select_unfrozen(backbones.load(Ladder(), transform=small_transform), term)
+    assert {name.split(".")[0] for name in unfrozen.names} == STAGES_BY_TERM[term]
 
 
 def test_unfreeze_selects_stages_of_a_registered_network():
@@ -71,7 +69,7 @@ def test_unfreeze_selects_stages_of_a_registered_network():
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("term", "message"),
     [
         ("lyer3", "unknown part of the network 'lyer3'; did you mean 'layer3'"),
         ("9 stages", r"has [0-9] stages \(.*layer3\)"),
@@ -81,24 +79,24 @@ def test_unfreeze_selects_stages_of_a_registered_network():
         ("", "unknown part of the network"),
     ],
 )
-def test_an_unfreeze_term_that_selects_nothing_is_an_error_with_the_alternatives(what, words):
-    with pytest.raises(ConfigError, match=words):
-        select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
+def test_an_unfreeze_term_that_selects_nothing_is_an_error_with_the_alternatives(term, message):
+    with pytest.raises(ConfigError, match=message):
+        select_unfrozen(backbones.load(Ladder(), transform=small_transform), term)
 
 
 def test_weights_that_the_output_does_not_depend_on_are_not_trained():
-    part = backbones.load(Ladder(), transform=small_transform, outputs=["layer2:avg"])
-    assert {name.split(".")[0] for name in select_unfrozen(part, "last").names} == {"layer2"}
+    backbone = backbones.load(Ladder(), transform=small_transform, outputs=["layer2:avg"])
+    assert {name.split(".")[0] for name in select_unfrozen(backbone, "last").names} == {"layer2"}
     with pytest.raises(ConfigError, match="output 'layer2:avg' depends on none of these weights"):
-        select_unfrozen(part, "layer3")
+        select_unfrozen(backbone, "layer3")
 
 
-def test_frozen_weights_keep_every_bit_and_have_no_gradient_and_no_optimizer_state():
+def test_frozen_weights_are_unchanged_and_have_no_gradient_or_optimizer_state():
     trainer = make_trainer(unfreeze="last")
-    before, state = copy_weights(trainer), init_state(trainer)
+    initial_weights, state = copy_weights(trainer), init_state(trainer)
     run_training_loop(trainer, state)
-    after = copy_weights(trainer)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    final_weights = copy_weights(trainer)
+    changed = {name for name in initial_weights if not torch.equal(initial_weights[name], final_weights[name])}
     trained = {f"b.{name}" for name in trainer.unfrozen.names}
     assert changed == trained | set(trainer.head.state_dict())
     frozen = [p for name, p in trainer.network.named_parameters() if name not in trainer.unfrozen.names]
@@ -107,34 +105,38 @@ def test_frozen_weights_keep_every_bit_and_have_no_gradient_and_no_optimizer_sta
 
 def test_batch_norms_follow_the_batches_only_if_trained_and_unfrozen():
     statistics = {}
-    for how in ("frozen", "trained"):
-        trainer = make_trainer(unfreeze="last", batch_norm=how)
-        before = copy_weights(trainer)
+    for batch_norm in ("frozen", "trained"):
+        trainer = make_trainer(unfreeze="last", batch_norm=batch_norm)
+        initial_weights = copy_weights(trainer)
         run_training_loop(trainer, init_state(trainer))
-        after = copy_weights(trainer)
-        statistics[how] = {n for n in before if "running" in n and not torch.equal(before[n], after[n])}
+        final_weights = copy_weights(trainer)
+        statistics[batch_norm] = {
+            n for n in initial_weights if "running" in n and not torch.equal(initial_weights[n], final_weights[n])
+        }
     assert statistics["frozen"] == set()
-    assert statistics["trained"] == {f"b.layer3.{n}.norm.running_{what}" for n in (0, 1) for what in ("mean", "var")}
+    assert statistics["trained"] == {
+        f"b.layer3.{n}.norm.running_{statistic}" for n in (0, 1) for statistic in ("mean", "var")
+    }
 
 
 def test_gradual_unfreezes_one_stage_after_the_other():
     trainer = make_trainer(gradual=1, epochs=4)
-    thawed = [{name.split(".")[0] for name in trainer.unfrozen.active_names(epoch, 1)} for epoch in range(5)]
+    active_stages = [{name.split(".")[0] for name in trainer.unfrozen.active_names(epoch, 1)} for epoch in range(5)]
     stages = [
         {name.split(".")[0] for name in trainer.unfrozen.names if trainer.unfrozen.depth[name] == d} for d in (1, 2, 3)
     ]
-    assert thawed[0] == set()
-    assert thawed[1] == stages[0] == {"layer3"}
-    assert thawed[2] == stages[0] | stages[1]
-    assert thawed[4] == {"stem", "layer1", "layer2", "layer3"}
-    fresh = make_trainer(gradual=8, epochs=8, monitor="loss", learning_rate=0.1, schedule="constant", warmup=0)
-    before = copy_weights(fresh)
-    run_training_loop(fresh, init_state(fresh))
-    after = copy_weights(fresh)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"0.weight", "0.bias"}
-
-
-# -- rates ------------------------------------------------------------------------------------------------------------
+    assert active_stages[0] == set()
+    assert active_stages[1] == stages[0] == {"layer3"}
+    assert active_stages[2] == stages[0] | stages[1]
+    assert active_stages[4] == {"stem", "layer1", "layer2", "layer3"}
+    slow_trainer = make_trainer(gradual=8, epochs=8, monitor="loss", learning_rate=0.1, schedule="constant", warmup=0)
+    initial_weights = copy_weights(slow_trainer)
+    run_training_loop(slow_trainer, init_state(slow_trainer))
+    final_weights = copy_weights(slow_trainer)
+    assert {name for name in initial_weights if not torch.equal(initial_weights[name], final_weights[name])} == {
+        "0.weight",
+        "0.bias",
+    }
 
 
 def test_rates_fall_geometrically_with_depth_and_norms_and_biases_have_no_weight_decay():
@@ -163,30 +165,27 @@ def test_schedules_warm_up_to_one_and_decay(schedule):
 def test_one_cycle_equals_that_of_torch():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=100, cycle_momentum=False)
-    tuning, ours, wanted = FineTuneConfig(schedule="one-cycle", warmup=0.3), [], []
+    torch_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=100, cycle_momentum=False)
+    tuning, factors, expected = FineTuneConfig(schedule="one-cycle", warmup=0.3), [], []
     for step in range(100):
-        wanted.append(optimizer.param_groups[0]["lr"])
-        ours.append(schedule_factor(step, 100, tuning))
+        expected.append(optimizer.param_groups[0]["lr"])
+        factors.append(schedule_factor(step, 100, tuning))
         optimizer.step()
         if step < 99:
-            theirs.step()
-    assert np.abs(np.array(ours) - wanted).max() < 0.06  # theirs peaks a step earlier
-    assert ours[29] == pytest.approx(wanted[29], abs=1e-6)
+            torch_schedule.step()
+    assert np.abs(np.array(factors) - expected).max() < 0.06  # the schedule of torch peaks one step earlier
+    assert factors[29] == pytest.approx(expected[29], abs=1e-6)
 
 
 def test_the_learning_rate_finder_restores_the_network():
     trainer = make_trainer(epochs=1)
-    before = copy_weights(trainer)
+    initial_weights = copy_weights(trainer)
     rate = find_learning_rate(trainer)
     assert 1e-5 < rate < 1
-    assert_tensors_equal(before, copy_weights(trainer))
+    assert_tensors_equal(initial_weights, copy_weights(trainer))
 
 
-# -- steps ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_step_equals_that_of_a_plain_loop():
+def test_a_step_equals_that_of_an_explicit_loop():
     trainer = make_trainer(
         unfreeze="all", optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=0.0, layer_decay=1.0, epochs=1
     )
@@ -202,15 +201,15 @@ def test_a_step_equals_that_of_a_plain_loop():
     (rows,) = trainer.epoch_batches(0)
     scores = head(network(trainer.train_data.batch(rows, 0)))
     nn.functional.cross_entropy(scores, trainer.targets.Y[torch.from_numpy(rows)]).backward()
-    wanted = {f"b.{n}": p.detach() - 1e-2 * p.grad for n, p in network.named_parameters()}
-    wanted |= {n: p.detach() - 1e-2 * p.grad for n, p in head.named_parameters()}
+    expected = {f"b.{n}": p.detach() - 1e-2 * p.grad for n, p in network.named_parameters()}
+    expected |= {n: p.detach() - 1e-2 * p.grad for n, p in head.named_parameters()}
     state = init_state(trainer)
     run_training_loop(trainer, state)
-    result = {**{name: value for name, value in copy_weights(trainer).items() if name in wanted}}
+    result = {**{name: value for name, value in copy_weights(trainer).items() if name in expected}}
     if state.best_epoch.number == 1:
-        assert_tensors_equal(result, wanted, atol=1e-6, rtol=1e-5)
+        assert_tensors_equal(result, expected, atol=1e-6, rtol=1e-5)
     else:
-        pytest.fail("the step made it worse")
+        pytest.fail("the step increased the loss")
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 8])
@@ -226,7 +225,7 @@ def test_gradients_of_pieces_add_up_to_those_of_the_batch(pieces):
     assert_tensors_equal(result[0][1], result[1][1], atol=1e-6, rtol=1e-4)
 
 
-def test_batches_have_two_images_unless_requested_and_each_row_comes_once():
+def test_batches_have_almost_equal_sizes_and_contain_each_row_once():
     trainer = replace(make_trainer(), train_rows=np.arange(33))
     assert [len(rows) for rows in trainer.epoch_batches(0)] == [7, 7, 7, 6, 6]
     assert sorted(np.concatenate(trainer.epoch_batches(0)).tolist()) == list(range(33))
@@ -234,26 +233,26 @@ def test_batches_have_two_images_unless_requested_and_each_row_comes_once():
     assert trainer.epoch_batches(1)[0].tolist() == trainer.epoch_batches(1)[0].tolist()
 
 
-def test_balanced_sampling_draws_each_class_as_often():
+def test_balanced_sampling_draws_each_class_equally_often():
     trainer = make_trainer(sampling="balanced")
     Y = torch.zeros(N_ROWS, dtype=torch.int64)
     Y[:4] = 1
     trainer = replace(trainer, targets=TrainingTargets(Y, torch.ones(N_ROWS)))
-    drawn = np.concatenate([rows for epoch in range(20) for rows in trainer.epoch_batches(epoch)])
-    assert abs(np.mean(Y.numpy()[drawn] == 1) - 0.5) < 0.06
+    drawn_rows = np.concatenate([rows for epoch in range(20) for rows in trainer.epoch_batches(epoch)])
+    assert abs(np.mean(Y.numpy()[drawn_rows] == 1) - 0.5) < 0.06
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 1.0}, {"cutmix": 1.0}])
 def test_mixup_and_cutmix_mix_images_by_the_reported_share(settings):
-    ones = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
     torch.manual_seed(3)
     for _ in range(10):
-        result, blend = apply_mixup_cutmix(ones, FineTuneConfig(**settings))
-        wanted = blend.lam * torch.arange(6.0) + (1 - blend.lam) * torch.from_numpy(blend.partner).float()
-        torch.testing.assert_close(result.mean((1, 2, 3)), wanted)
+        result, mix = apply_mixup_cutmix(images, FineTuneConfig(**settings))
+        expected = mix.lam * torch.arange(6.0) + (1 - mix.lam) * torch.from_numpy(mix.partner).float()
+        torch.testing.assert_close(result.mean((1, 2, 3)), expected)
 
 
-def test_the_moving_average_is_evaluated_and_kept():
+def test_the_moving_average_is_evaluated_and_returned():
     trainer = make_trainer(ema=0.9, epochs=2)
     state = init_state(trainer)
     run_training_loop(trainer, state)
@@ -300,9 +299,6 @@ def test_the_best_epoch_has_the_lowest_loss_or_the_highest_score():
         assert state.best_epoch.number == best
 
 
-# -- memory layout ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("layer", "device", "is_safe"),
     [
@@ -319,7 +315,7 @@ def test_networks_train_in_channels_last_unless_its_backward_pass_is_unsafe(laye
 
 
 def test_no_layer_of_an_unsafe_network_gets_a_channels_last_input():
-    """With the layout of the datasets of feature maps, which is channels last."""
+    """Batches have the channels-last layout of cached feature maps."""
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     layouts = []
     for layer in network[:2]:
@@ -331,9 +327,7 @@ def test_no_layer_of_an_unsafe_network_gets_a_channels_last_input():
     assert layouts == [True, True]
 
 
-# -- interruptions ----------------------------------------------------------------------------------------------------
-
-SETTINGS = {
+RESUMED_SETTINGS = {
     "plain": {},
     "sgd": {"optimizer": "sgd"},
     "ema, batch norms and mixup": {"ema": 0.9, "batch_norm": "trained", "mixup": 0.5},
@@ -343,64 +337,64 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, name):
-    whole = make_trainer(**SETTINGS[name])
-    uninterrupted = run_training_loop(whole, init_state(whole))
-    for at in (2, 6, 10):
-        place = tmp_path / f"{at}.checkpoint"
-        first = make_trainer(**SETTINGS[name])
-        stopped = replace(first, train_data=InterruptingDataset(first.train_data, at))
+@pytest.mark.parametrize("name", RESUMED_SETTINGS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
+    whole_trainer = make_trainer(**RESUMED_SETTINGS[name])
+    uninterrupted = run_training_loop(whole_trainer, init_state(whole_trainer))
+    for stop_batch in (2, 6, 10):
+        path = tmp_path / f"{stop_batch}.checkpoint"
+        first = make_trainer(**RESUMED_SETTINGS[name])
+        stopped = replace(first, train_data=InterruptingDataset(first.train_data, stop_batch))
         with pytest.raises(KeyboardInterrupt):
             run_training_loop(
                 stopped,
                 init_state(stopped),
-                lambda state, j=stopped, p=place: checkpoint.save_checkpoint(p, j, state, RUN_CONFIG),
+                lambda state, j=stopped, p=path: checkpoint.save_checkpoint(p, j, state, RUN_CONFIG),
             )
-        second = make_trainer(**SETTINGS[name])
-        state = run_training_loop(second, checkpoint.load_checkpoint(place, second, RUN_CONFIG))
-        assert_tensors_equal(copy_weights(second), copy_weights(whole))
+        second = make_trainer(**RESUMED_SETTINGS[name])
+        state = run_training_loop(second, checkpoint.load_checkpoint(path, second, RUN_CONFIG))
+        assert_tensors_equal(copy_weights(second), copy_weights(whole_trainer))
         assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
 
 
-def test_sigterm_saves_the_state_too(tmp_path):
+def test_sigterm_saves_the_state(tmp_path):
     trainer = make_trainer()
     trainer = replace(trainer, train_data=InterruptingDataset(trainer.train_data, 3, signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+    previous_handler = signal.getsignal(signal.SIGTERM)
     saved = []
     with pytest.raises(KeyboardInterrupt):
         run_training_loop(trainer, init_state(trainer), lambda state: saved.append(state.step))
     assert saved
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is previous_handler
 
 
 def test_resuming_with_another_setting_is_an_error_that_lists_the_differences(tmp_path):
     trainer = make_trainer()
     checkpoint.save_checkpoint(tmp_path / "c", trainer, init_state(trainer), RUN_CONFIG)
-    other = {"settings": {"epochs": 3, "learning_rate": 0.02}}
+    other_config = {"settings": {"epochs": 3, "learning_rate": 0.02}}
     with pytest.raises(ConfigError, match=r"settings.learning_rate is 0.01, asked for 0.02.*--restart"):
-        checkpoint.load_checkpoint(tmp_path / "c", trainer, other)
+        checkpoint.load_checkpoint(tmp_path / "c", trainer, other_config)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     trainer = make_trainer()
-    place = tmp_path / "c"
-    checkpoint.save_checkpoint(place, trainer, init_state(trainer), RUN_CONFIG)
-    data = place.read_bytes()
+    path = tmp_path / "c"
+    checkpoint.save_checkpoint(path, trainer, init_state(trainer), RUN_CONFIG)
+    data = path.read_bytes()
     for length in (0, 7, 100, len(data) - 1):
-        place.write_bytes(data[:length])
-        with pytest.raises(ModelError, match="is damaged or no checkpoint"):
-            checkpoint.load_checkpoint(place, trainer, RUN_CONFIG)
+        path.write_bytes(data[:length])
+        with pytest.raises(ModelError, match="is damaged or not a checkpoint"):
+            checkpoint.load_checkpoint(path, trainer, RUN_CONFIG)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     trainer = make_trainer()
     checkpoint.save_checkpoint(tmp_path / "c", trainer, init_state(trainer), RUN_CONFIG)
     with pytest.raises(ModelError, match="does not fit the network"):
-        checkpoint.load_checkpoint(tmp_path / "c", make_trainer(Wider(), unfreeze="all"), RUN_CONFIG)
+        checkpoint.load_checkpoint(tmp_path / "c", make_trainer(WiderLadder(), unfreeze="all"), RUN_CONFIG)
 
 
-class Wider(Ladder):
+class WiderLadder(Ladder):
     def __init__(self) -> None:
         super().__init__()
         self.layer4 = nn.Sequential(nn.Conv2d(LADDER_WIDTH, LADDER_WIDTH, 1))
@@ -409,11 +403,8 @@ class Wider(Ladder):
         return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x))))).mean((2, 3))
 
 
-# -- bad luck ---------------------------------------------------------------------------------------------------------
-
-
-class Poisoned(TensorDataset):
-    """One image turns to NaN in the second epoch."""
+class NanDataset(TensorDataset):
+    """One image becomes NaN in the second epoch."""
 
     def batch(self, rows, epoch: int) -> Tensor:
         result = super().batch(rows, epoch)
@@ -424,7 +415,7 @@ class Poisoned(TensorDataset):
 
 def test_a_nan_loss_stops_restores_the_best_weights_and_names_the_batch(log):
     trainer = make_trainer(learning_rate=1e-3)
-    trainer = replace(trainer, train_data=Poisoned(trainer.train_data.network, trainer.train_data.images))
+    trainer = replace(trainer, train_data=NanDataset(trainer.train_data.network, trainer.train_data.images))
     state = run_training_loop(trainer, init_state(trainer))
     (warning,) = (text for text in log if "the loss is" in text)
     assert "epoch 2" in warning
@@ -435,42 +426,42 @@ def test_a_nan_loss_stops_restores_the_best_weights_and_names_the_batch(log):
     assert_tensors_equal(dict(trainer.trained_tensors()), state.best_weights)
 
 
-class Small(nn.Module):
-    """A device for so many images."""
+class MemoryLimited(nn.Module):
+    """A network that runs out of memory with more than ``max_images`` images."""
 
-    def __init__(self, network: nn.Module, most: int) -> None:
+    def __init__(self, network: nn.Module, max_images: int) -> None:
         super().__init__()
-        self.network, self.most = network, most
+        self.network, self.max_images = network, max_images
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        if len(x) > self.max_images:
+            raise torch.OutOfMemoryError("tried to allocate more than available")
         return self.network(x)
 
 
-@pytest.mark.parametrize("most", [3, 1])
-def test_out_of_memory_divides_batches_into_pieces_with_the_same_result(most):
-    whole = make_trainer(epochs=1)
-    small = make_trainer(epochs=1)
-    source = TensorDataset(Small(small.train_data.network, most), small.train_data.images)
-    small = replace(small, train_data=source)
-    state = init_state(small)
-    for trainer in (whole, small):
+@pytest.mark.parametrize("max_images", [3, 1])
+def test_out_of_memory_divides_batches_into_pieces_with_the_same_result(max_images):
+    unlimited = make_trainer(epochs=1)
+    limited = make_trainer(epochs=1)
+    dataset = TensorDataset(MemoryLimited(limited.train_data.network, max_images), limited.train_data.images)
+    limited = replace(limited, train_data=dataset)
+    state = init_state(limited)
+    for trainer in (unlimited, limited):
         for module in trainer.network.modules():
             if isinstance(module, nn.Dropout2d):
                 module.p = 0.0
-    run_training_loop(whole, init_state(whole))
+    run_training_loop(unlimited, init_state(unlimited))
     with logged_warning("with the same gradients"):
-        run_training_loop(small, state)
-    assert state.pieces == {3: 4, 1: 8}[most]
-    assert_tensors_equal(copy_weights(whole), copy_weights(small), atol=1e-4, rtol=1e-3)
+        run_training_loop(limited, state)
+    assert state.pieces == {3: 4, 1: 8}[max_images]
+    assert_tensors_equal(copy_weights(unlimited), copy_weights(limited), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("batch_norm", "least"), [("frozen", "one image"), ("trained", "two images")])
-def test_out_of_memory_with_the_smallest_batch_is_an_error(batch_norm, least, log):
+@pytest.mark.parametrize(("batch_norm", "count_text"), [("frozen", "one image"), ("trained", "two images")])
+def test_out_of_memory_with_the_smallest_batch_is_an_error(batch_norm, count_text, log):
     trainer = make_trainer(batch_norm=batch_norm)
-    source = TensorDataset(Small(trainer.train_data.network, 0), trainer.train_data.images)
-    trainer = replace(trainer, train_data=source, validation_data=trainer.train_data)
-    with pytest.raises(ConfigError, match=f"not enough memory to train on {least} at a time"):
+    dataset = TensorDataset(MemoryLimited(trainer.train_data.network, 0), trainer.train_data.images)
+    trainer = replace(trainer, train_data=dataset, validation_data=trainer.train_data)
+    with pytest.raises(ConfigError, match=f"not enough memory to train on {count_text} at a time"):
         run_training_loop(trainer, init_state(trainer))
     assert any("with the same gradients" in text for text in log) == (batch_norm == "frozen")

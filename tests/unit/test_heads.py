@@ -26,7 +26,7 @@ from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLP
 from featpipe.heads.logistic.objective import LogisticProblem
 
 
-def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def make_features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Rows like embeddings: a few directions matter, many are noise."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, k, n)
@@ -35,7 +35,7 @@ def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> t
     return X, y
 
 
-def problem_kinds() -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+def make_problems() -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     rng = np.random.default_rng(0)
     X, y = make_classification(300, 20, n_informative=10, n_classes=4, random_state=0)
     separable = make_classification(200, 15, n_informative=10, n_classes=3, class_sep=6, random_state=0)
@@ -51,13 +51,13 @@ def problem_kinds() -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     }
 
 
-KINDS = problem_kinds()
-# Since scikit-learn 1.8.
-PENALTY_IS_A_RATIO = LogisticRegression().get_params().get("penalty") == "deprecated"
+PROBLEMS = make_problems()
+# Since scikit-learn 1.8, l1_ratio alone selects the penalty.
+HAS_L1_RATIO_ONLY = LogisticRegression().get_params().get("penalty") == "deprecated"
 
 
-def objective(W, b, X, y, C, weights=None) -> float:
-    """scikit-learn's objective, written down once more: labels are 0, 1, …"""
+def compute_objective(W, b, X, y, C, weights=None) -> float:
+    """scikit-learn's objective, computed independently; labels are 0, 1, …"""
     scores = X @ W.T + b
     if len(W) == 1:
         scores = np.hstack([np.zeros_like(scores), scores])
@@ -66,67 +66,73 @@ def objective(W, b, X, y, C, weights=None) -> float:
     return C * float(losses @ (np.ones(len(y)) if weights is None else weights)) + 0.5 * float((W**2).sum())
 
 
-def reference(X, y, C, **settings) -> LogisticRegression:
+def fit_sklearn_head(X, y, C, **settings) -> LogisticRegression:
     return LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings).fit(X, y)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_softmax_regression_minimises_the_objective_of_scikit_learn(kind):
-    X, y, C = KINDS[kind]
-    head, sklearn_head = SoftmaxRegression(C=C).fit(X, y), reference(X, y, C)
-    lowest = min(objective(e.coef_, e.intercept_, X, y, C) for e in (head, sklearn_head))
-    assert objective(head.coef_, head.intercept_, X, y, C) <= lowest * (1 + 1e-6)
+    X, y, C = PROBLEMS[kind]
+    head, sklearn_head = SoftmaxRegression(C=C).fit(X, y), fit_sklearn_head(X, y, C)
+    lowest = min(compute_objective(e.coef_, e.intercept_, X, y, C) for e in (head, sklearn_head))
+    assert compute_objective(head.coef_, head.intercept_, X, y, C) <= lowest * (1 + 1e-6)
     assert head.coef_.shape == sklearn_head.coef_.shape
     np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-4)
     np.testing.assert_allclose(head.coef_, sklearn_head.coef_, atol=1e-3 * np.abs(sklearn_head.coef_).max())
 
 
-def with_l1(head, X, y, C, ratio) -> float:
+def compute_l1_objective(head, X, y, C, ratio) -> float:
     """The objective with a share of L1 in its penalty."""
     W = head.coef_
-    return objective(W, head.intercept_, X, y, C) - 0.5 * ratio * float((W**2).sum()) + ratio * float(np.abs(W).sum())
+    return (
+        compute_objective(W, head.intercept_, X, y, C)
+        - 0.5 * ratio * float((W**2).sum())
+        + ratio * float(np.abs(W).sum())
+    )
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
 @pytest.mark.parametrize("kind", ["well conditioned", "imbalanced", "binary"])
 def test_an_l1_fit_reaches_the_minimum_of_saga(kind, ratio):
-    X, y, C = KINDS[kind]
-    ours = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
-    penalty = {"l1_ratio": ratio} if PENALTY_IS_A_RATIO else {"penalty": "elasticnet", "l1_ratio": ratio}
+    X, y, C = PROBLEMS[kind]
+    head = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
+    penalty = {"l1_ratio": ratio} if HAS_L1_RATIO_ONLY else {"penalty": "elasticnet", "l1_ratio": ratio}
     sklearn_head = LogisticRegression(C=C, solver="saga", tol=1e-9, max_iter=20_000, **penalty).fit(X, y)
-    lowest = with_l1(sklearn_head, X, y, C, ratio)
-    assert with_l1(ours, X, y, C, ratio) <= lowest * (1 + 1e-6)
-    np.testing.assert_allclose(ours.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-3)
+    lowest = compute_l1_objective(sklearn_head, X, y, C, ratio)
+    assert compute_l1_objective(head, X, y, C, ratio) <= lowest * (1 + 1e-6)
+    np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBLEMS)
 def test_no_small_perturbation_lowers_the_l1_objective(kind, ratio):
-    X, y, C = KINDS[kind]
+    X, y, C = PROBLEMS[kind]
     head = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
     W = head.coef_
     k = max(len(W), len(np.unique(y)))
     p = head.predict_proba(X) - np.eye(k)[y]
     p = p[:, 1:] if len(W) == 1 else p
-    # Subgradients of least size, each over the curvature of its coordinate: what a Newton step along it would bring.
+    # The smallest subgradients, squared and divided by the curvature: the gain of a Newton step along each coordinate.
     slopes = C * p.T @ X + (1 - ratio) * W
-    rest = np.where(W != 0, slopes + ratio * np.sign(W), np.sign(slopes) * np.maximum(np.abs(slopes) - ratio, 0))
+    subgradients = np.where(
+        W != 0, slopes + ratio * np.sign(W), np.sign(slopes) * np.maximum(np.abs(slopes) - ratio, 0)
+    )
     curvature = C * 0.25 * (X**2).sum(axis=0) + 1e-12
-    assert (rest**2 / curvature).sum() <= 2e-3 * with_l1(head, X, y, C, ratio)
+    assert (subgradients**2 / curvature).sum() <= 2e-3 * compute_l1_objective(head, X, y, C, ratio)
     assert (W == 0).any()
 
 
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 2: 0.5}])
 def test_sample_and_class_weights_act_as_in_scikit_learn(fit_intercept, class_weight):
-    X, y, C = KINDS["well conditioned"]
+    X, y, C = PROBLEMS["well conditioned"]
     weights = np.random.default_rng(0).random(len(y)) + 0.1
     settings = {"C": C, "fit_intercept": fit_intercept, "class_weight": class_weight}
-    ours = SoftmaxRegression(**settings).fit(X, y, sample_weight=weights)
+    head = SoftmaxRegression(**settings).fit(X, y, sample_weight=weights)
     sklearn_head = LogisticRegression(solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings)
     sklearn_head.fit(X, y, sample_weight=weights)
-    np.testing.assert_allclose(ours.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-4)
-    assert fit_intercept or not ours.intercept_.any()
+    np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-4)
+    assert fit_intercept or not head.intercept_.any()
 
 
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
@@ -145,7 +151,7 @@ def test_the_gradient_equals_finite_differences_of_the_value(link):
 
 
 def test_a_fit_that_reaches_max_iter_warns_with_its_gap():
-    X, y, _ = KINDS["separable"]
+    X, y, _ = PROBLEMS["separable"]
     with pytest.warns(ConvergenceWarning, match=r"after 3 steps at a relative gap of at most .*; raise max_iter"):
         head = SoftmaxRegression(C=1e4, max_iter=3).fit(X, y)
     assert head.n_iter_ == 3
@@ -153,7 +159,7 @@ def test_a_fit_that_reaches_max_iter_warns_with_its_gap():
 
 @pytest.mark.parametrize("scale", [1e4, 1e300])
 def test_probabilities_are_exact_for_huge_scores(scale):
-    head = SoftmaxRegression().fit(*KINDS["well conditioned"][:2])
+    head = SoftmaxRegression().fit(*PROBLEMS["well conditioned"][:2])
     head.coef_ = np.zeros_like(head.coef_)
     head.intercept_ = np.array([0.0, -np.log(3) - scale, -scale, 1.0])
     actual = head.predict_proba(np.zeros((2, 20)))
@@ -162,30 +168,30 @@ def test_probabilities_are_exact_for_huge_scores(scale):
 
 
 def test_a_multilabel_fit_equals_one_binary_fit_per_label():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     Y = np.column_stack([y == 0, y > 1, y != 2]).astype(np.int8)
     head = SoftmaxRegression().fit(X, Y)
-    single = [reference(X, column, 1.0) for column in Y.T]
-    expected = np.column_stack([each.predict_proba(X)[:, 1] for each in single])
+    binary_heads = [fit_sklearn_head(X, column, 1.0) for column in Y.T]
+    expected = np.column_stack([binary_head.predict_proba(X)[:, 1] for binary_head in binary_heads])
     np.testing.assert_allclose(head.predict_proba(X), expected, atol=1e-4)
     np.testing.assert_array_equal(head.predict(X), expected > 0.5)
 
 
 def test_a_label_without_rows_gets_a_low_finite_probability():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     head = SoftmaxRegression().fit(X, np.column_stack([y == 0, np.zeros_like(y)]))
     np.testing.assert_allclose(head.predict_proba(X)[:, 1], 0.5 / (len(y) + 1), rtol=1e-12)
 
 
 def test_a_single_label_stays_a_matrix_for_a_multilabel_task():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     for name in heads.list_heads("multilabel"):
         head = heads.build(name, "multilabel").fit(X, (y == 0)[:, None].astype(int))
         assert head.predict_proba(X).shape == head.predict(X).shape == (len(X), 1)
 
 
 def test_a_row_of_weight_zero_is_ignored():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     weights = np.ones(len(y))
     weights[y == 3] = 0
     head = SoftmaxRegression().fit(X, y, sample_weight=weights)
@@ -195,13 +201,13 @@ def test_a_row_of_weight_zero_is_ignored():
 
 @pytest.mark.parametrize("weights", [-np.ones(300), np.full(300, np.inf), np.zeros(300), np.ones(3)])
 def test_invalid_sample_weights_are_refused(weights):
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     with pytest.raises(ValueError, match="sample_weight"):
         SoftmaxRegression().fit(X, y, sample_weight=weights)
 
 
 def test_classes_may_be_strings_in_an_object_array():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     names = np.array(["ant", "bee", "cat", "dog"], dtype=object)
     assert set(SoftmaxRegression().fit(X, names[y]).predict(X)) <= set(names)
     with pytest.raises(ValueError, match="without a class"):
@@ -211,7 +217,7 @@ def test_classes_may_be_strings_in_an_object_array():
 
 
 def test_float32_features_give_the_predictions_of_float64():
-    X, y, _ = KINDS["wide"]
+    X, y, _ = PROBLEMS["wide"]
     X = X.astype(np.float32)
     np.testing.assert_array_equal(
         SoftmaxRegression().fit(X, y).predict_proba(X),
@@ -224,10 +230,10 @@ REGRESSORS = [LinearRegressor, MLPRegressor]
 
 
 def test_a_linear_classifier_trained_long_enough_finds_the_logistic_optimum():
-    X, y, _ = KINDS["well conditioned"]
+    X, y, _ = PROBLEMS["well conditioned"]
     X = StandardScaler().fit_transform(X)
     head = LinearClassifier(learning_rate=0.1, epochs=400, batch_size=1000, weight_decay=0, random_state=0).fit(X, y)
-    sklearn_head = reference(X, y, 1e8)
+    sklearn_head = fit_sklearn_head(X, y, 1e8)
     np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-2)
 
 
@@ -244,15 +250,17 @@ def test_a_linear_regressor_trained_long_enough_finds_least_squares():
 
 @pytest.mark.parametrize("kind", [*CLASSIFIERS, *REGRESSORS])
 def test_fits_are_reproducible_and_leave_the_state_of_torch_unchanged(kind):
-    X, y = features(120, 30, 3)
+    X, y = make_features(120, 30, 3)
     dropout = {"dropout": 0.3} if "MLP" in kind.__name__ else {}
     state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
     numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     with torch.no_grad():
         first = kind(epochs=4, early_stopping=True, random_state=3, **dropout).fit(X, y)
     second = clone(first).fit(X[:50], y[:50]).fit(X, y)
-    for one, other in zip(first.coefs_ + first.intercepts_, second.coefs_ + second.intercepts_, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for first_array, second_array in zip(
+        first.coefs_ + first.intercepts_, second.coefs_ + second.intercepts_, strict=True
+    ):
+        np.testing.assert_array_equal(first_array, second_array)
     assert first.loss_curve_ == second.loss_curve_
     assert torch.equal(state, torch.get_rng_state())
     assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
@@ -260,7 +268,7 @@ def test_fits_are_reproducible_and_leave_the_state_of_torch_unchanged(kind):
 
 
 def test_fitted_weights_are_numpy_arrays_in_the_type_of_the_features():
-    X, y = features(60, 10, 3)
+    X, y = make_features(60, 10, 3)
     head = MLPClassifier((8, 4), epochs=2, random_state=0).fit(X.astype(np.float32), y)
     assert [coef.shape for coef in head.coefs_] == [(10, 8), (8, 4), (4, 3)]
     assert all(type(a) is np.ndarray and a.dtype == np.float32 for a in head.coefs_ + head.intercepts_)
@@ -268,14 +276,14 @@ def test_fitted_weights_are_numpy_arrays_in_the_type_of_the_features():
 
 
 def test_early_stopping_returns_the_best_epoch_and_not_the_last():
-    X, y = features(150, 40, 3, spread=0.4)
+    X, y = make_features(150, 40, 3, spread=0.4)
     settings = {"learning_rate": 0.02, "schedule": "constant", "random_state": 0}
     head = MLPClassifier(64, epochs=50, early_stopping=True, validation_fraction=0.3, patience=4, **settings).fit(X, y)
     assert head.best_epoch_ == np.argmin(head.validation_curve_) + 1
     assert head.n_iter_ == head.best_epoch_ + 4 < 50
-    again = clone(head).set_params(epochs=head.best_epoch_).fit(X, y)
-    for one, other in zip(head.coefs_, again.coefs_, strict=True):
-        np.testing.assert_array_equal(one, other)
+    retrained = clone(head).set_params(epochs=head.best_epoch_).fit(X, y)
+    for stopped_coef, retrained_coef in zip(head.coefs_, retrained.coefs_, strict=True):
+        np.testing.assert_array_equal(stopped_coef, retrained_coef)
 
 
 def test_early_stopping_with_too_few_rows_is_refused():
@@ -284,7 +292,7 @@ def test_early_stopping_with_too_few_rows_is_refused():
 
 
 def test_diverging_training_is_an_error():
-    X, y = features(60, 10, 3)
+    X, y = make_features(60, 10, 3)
     with pytest.raises(ValueError, match="diverged in epoch"):
         LinearRegressor(optimizer="sgd", learning_rate=1e6, random_state=0).fit(X, y)
 
@@ -305,7 +313,7 @@ def test_class_weights_change_the_predictions_of_trained_classifiers(kind):
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_label_smoothing_bounds_the_confidence(kind):
-    X, y = features(100, 20, 2, spread=3)
+    X, y = make_features(100, 20, 2, spread=3)
     settings = {"learning_rate": 0.05, "epochs": 60, "random_state": 0}
     sharp = kind(**settings).fit(X, y).predict_proba(X).max(axis=1).mean()
     smooth = kind(label_smoothing=0.2, **settings).fit(X, y).predict_proba(X).max(axis=1).mean()
@@ -314,7 +322,7 @@ def test_label_smoothing_bounds_the_confidence(kind):
 
 
 def test_balanced_weights_ignore_constant_labels():
-    X, y = features(90, 10, 3)
+    X, y = make_features(90, 10, 3)
     Y = np.column_stack([y == 0, np.zeros_like(y)])
     head = LinearClassifier(class_weight="balanced", epochs=3, random_state=0).fit(X, Y)
     assert np.isfinite(head.predict_proba(X)).all()
@@ -370,14 +378,14 @@ def test_training_settings_out_of_range_are_refused_before_any_data(settings):
 
 
 def test_settings_are_passed_to_the_named_pipeline_step():
-    built = heads.build("logistic", params={"C": 10, "scale__with_mean": False})
-    assert (built.named_steps["head"].C, built.named_steps["scale"].with_mean) == (10, False)
+    pipeline = heads.build("logistic", params={"C": 10, "scale__with_mean": False})
+    assert (pipeline.named_steps["head"].C, pipeline.named_steps["scale"].with_mean) == (10, False)
     assert heads.build("mlp", params={"scale": "passthrough"}).named_steps["scale"] == "passthrough"
     assert heads.build("mlp", random_state=7).named_steps["head"].random_state == 7
     assert heads.build("mlp", params={"random_state": 8}).named_steps["head"].random_state == 8
 
 
-def test_unknown_heads_and_tasks_suggest_the_nearest_match():
+def test_unknown_heads_and_tasks_suggest_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean 'logistic'"):
         heads.build("logistik")
     with pytest.raises(ConfigError, match="did you mean 'regression'"):
@@ -389,21 +397,32 @@ def test_unknown_heads_and_tasks_suggest_the_nearest_match():
 
 
 def test_settings_from_the_command_line_are_parsed_by_type():
-    typed = ["C=10", "tol=1e-3", "hidden=256,128", "one=64,", "a=true", "b=None", "c='1'", "d=x=y", "e=(3, 4)", "f="]
-    assert parse_settings(typed) == {
+    assignments = [
+        "C=10",
+        "tol=1e-3",
+        "hidden=256,128",
+        "one=64,",
+        "a=true",
+        "b=None",
+        "c='1'",
+        "d=x=y",
+        "e=(3, 4)",
+        "f=",
+    ]
+    assert parse_settings(assignments) == {
         "C": 10, "tol": 1e-3, "hidden": (256, 128), "one": (64,), "a": True, "b": None, "c": "1", "d": "x=y",
         "e": (3, 4), "f": "",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("typed", [["C"], ["=3"], ["C=1", "C=2"]])
-def test_settings_without_key_or_given_twice_are_refused(typed):
+@pytest.mark.parametrize("assignments", [["C"], ["=3"], ["C=1", "C=2"]])
+def test_settings_without_key_or_given_twice_are_refused(assignments):
     with pytest.raises(ConfigError, match=r"KEY=VALUE|given twice"):
-        parse_settings(typed)
+        parse_settings(assignments)
 
 
 def test_a_grid_search_over_a_head_equals_one_over_its_scikit_learn_equivalent():
-    X, y = features(90, 12, 3)
+    X, y = make_features(90, 12, 3)
     grid = {"head__C": [0.001, 0.1, 10.0]}
     sklearn_head = Pipeline([("scale", StandardScaler()), ("head", LogisticRegression(tol=1e-10, max_iter=10_000))])
     head_search, sklearn_search = (
@@ -417,13 +436,13 @@ def test_a_grid_search_over_a_head_equals_one_over_its_scikit_learn_equivalent()
 
 
 @pytest.fixture(scope="module")
-def stored() -> bytes:
-    X, y = features(60, 6, 3)
+def saved_head() -> bytes:
+    X, y = make_features(60, 6, 3)
     return heads.dumps(heads.build("logistic").fit(X, y))
 
 
 def test_a_saved_lda_omits_the_covariance_that_predictions_do_not_need():
-    X, y = features(90, 200, 3)
+    X, y = make_features(90, 200, 3)
     head = heads.build("lda", "classification").fit(X, y)
     data = heads.dumps(head)
     assert len(data) < 200 * 200 * 8 / 4
@@ -432,16 +451,16 @@ def test_a_saved_lda_omits_the_covariance_that_predictions_do_not_need():
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -30])
-def test_damaged_bytes_are_a_model_error(stored, cut):
+def test_damaged_bytes_are_a_model_error(saved_head, cut):
     with pytest.raises(ModelError, match="damaged"):
-        heads.loads(stored[:cut] if cut else b"")
+        heads.loads(saved_head[:cut] if cut else b"")
 
 
-def test_every_flipped_bit_is_refused_or_harmless(stored):
-    X, _ = features(60, 6, 3)
-    expected = heads.loads(stored).predict_proba(X)
-    for position in np.random.default_rng(0).integers(0, len(stored), 150):
-        flipped = bytearray(stored)
+def test_every_flipped_bit_is_refused_or_harmless(saved_head):
+    X, _ = make_features(60, 6, 3)
+    expected = heads.loads(saved_head).predict_proba(X)
+    for position in np.random.default_rng(0).integers(0, len(saved_head), 150):
+        flipped = bytearray(saved_head)
         flipped[position] ^= 1 << (position % 8)
         try:
             actual = heads.loads(bytes(flipped))
@@ -478,9 +497,9 @@ def test_a_zip_bomb_is_refused():
 
 
 def test_heads_survive_pickle_and_joblib(tmp_path):
-    X, y = features(60, 6, 3)
+    X, y = make_features(60, 6, 3)
     for kind in [SoftmaxRegression(), LinearClassifier(epochs=2), MLPRegressor(4, epochs=2)]:
         head = kind.fit(X, y)
         joblib.dump(head, tmp_path / "head")
-        for again in (pickle.loads(pickle.dumps(head)), joblib.load(tmp_path / "head")):
-            np.testing.assert_array_equal(again.predict(X), head.predict(X))
+        for restored in (pickle.loads(pickle.dumps(head)), joblib.load(tmp_path / "head")):
+            np.testing.assert_array_equal(restored.predict(X), head.predict(X))

@@ -1,4 +1,4 @@
-"""An expansion that goes on into the network: what holds it to the old classes is what the papers say."""
+"""Expansion through the network: loss terms equal the formulas of the papers, and whole expansions."""
 
 from __future__ import annotations
 
@@ -51,14 +51,11 @@ from tests.support.finetuning import (
 )
 from tests.support.interrupts import interrupt_fine_tuning
 
-OLD, NEW = ("ape", "bee"), ("cow", "dog")
+OLD_NAMES, NEW_NAMES = ("ape", "bee"), ("cow", "dog")
 K_OLD = 2
 LEARNING_RATE = 3e-3
-QUICK = {"epochs": 2, "batch": 8, "learning_rate": 1e-4, "device": "cpu"}
-LEARNS = {"learning_rate": 1e-3, "epochs": 3, "patience": 0, "monitor": "score"}
-
-
-# -- loss terms, against a loop that is written out -------------------------------------------------------------------
+QUICK_TRAINING = {"epochs": 2, "batch": 8, "learning_rate": 1e-4, "device": "cpu"}
+LONGER_TRAINING = {"learning_rate": 1e-3, "epochs": 3, "patience": 0, "monitor": "score"}
 
 
 def make_loss_terms(
@@ -77,7 +74,7 @@ def make_loss_terms(
 def compute_plain_loss(
     trainer: Trainer, rows: np.ndarray, network: nn.Module, head: nn.Module, *, distillation: Any, ewc: Any
 ) -> Tensor:
-    """As in the papers, row by row and weight by weight."""
+    """The loss as in the papers, row by row and weight by weight."""
     indices = torch.from_numpy(rows)
     scores, y = head(network(trainer.train_data.batch(rows, 0))), trainer.targets.Y[indices]
     loss = functional.cross_entropy(scores, y)
@@ -93,8 +90,8 @@ def compute_plain_loss(
     return loss
 
 
-def test_steps_with_distillation_and_ewc_are_those_of_a_plain_loop() -> None:
-    """Three epochs of SGD on all rows at once, written out."""
+def test_steps_with_distillation_and_ewc_equal_those_of_an_explicit_loop() -> None:
+    """Three epochs of SGD on all rows at once."""
     settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0, "layer_decay": 1.0}
     trainer = disable_dropout(
         make_trainer(**settings, batch=32, schedule="constant", warmup=0.0, learning_rate=LEARNING_RATE)
@@ -125,7 +122,7 @@ def test_steps_with_distillation_and_ewc_are_those_of_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
-def test_loss_terms_weigh_the_same_in_a_batch_that_is_divided_into_pieces(pieces: int) -> None:
+def test_loss_terms_have_the_same_weight_in_a_batch_that_is_divided_into_pieces(pieces: int) -> None:
     results = []
     for accumulate in (1, pieces):
         trainer = replace(disable_dropout(make_trainer(accumulate=accumulate)), loss_terms=make_loss_terms())
@@ -137,7 +134,7 @@ def test_loss_terms_weigh_the_same_in_a_batch_that_is_divided_into_pieces(pieces
     assert_tensors_equal(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
 
-def test_mixed_images_are_distilled_from_the_answers_on_both() -> None:
+def test_mixed_images_are_distilled_from_the_teacher_scores_of_both() -> None:
     distillation, _ = make_loss_terms()
     trainer = disable_dropout(make_trainer(mixup=1.0))
     (rows, *_) = trainer.epoch_batches(0)
@@ -157,7 +154,7 @@ def test_mixed_images_are_distilled_from_the_answers_on_both() -> None:
     assert losses["distillation"] - losses["none"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_fisher_information_is_the_mean_of_squares_image_by_image_and_class_by_class() -> None:
+def test_fisher_information_is_the_mean_of_squared_gradients_of_each_image_and_class() -> None:
     trainer, rows = make_trainer(unfreeze="last"), np.arange(7)
     fisher = compute_network_fisher(trainer, rows)
     network, head = copy.deepcopy(trainer.network).eval().requires_grad_(True), copy.deepcopy(trainer.head)
@@ -184,7 +181,7 @@ def test_fisher_information_does_not_depend_on_the_batch_size(gradual: int, monk
     assert_tensors_equal(fisher, in_small_batches, atol=1e-7, rtol=1e-5)
 
 
-def test_fisher_information_of_the_last_layer_is_the_closed_form() -> None:
+def test_fisher_information_of_the_last_layer_equals_the_closed_form() -> None:
     trainer, rows = make_trainer(unfreeze="last"), np.arange(11)
     with torch.no_grad():
         Z = trainer.network.eval()(trainer.train_data.batch(rows, 0)).numpy()
@@ -218,24 +215,27 @@ def test_monitors_record_loss_and_score_and_do_not_influence_training() -> None:
     assert "metrics" not in EpochRecord(1, 0.5, 0.5, 0.5).to_dict()
 
 
-def test_a_resumed_run_with_loss_terms_ends_as_one_that_never_stopped(tmp_path: Path) -> None:
-    def make() -> Trainer:
+def test_a_resumed_run_with_loss_terms_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def make_penalized_trainer() -> Trainer:
         return replace(make_trainer(), loss_terms=make_loss_terms(), monitors={"some": np.arange(36, N_ROWS)})
 
-    whole, stopped, resumed = make(), make(), make()
-    uninterrupted = run_training_loop(whole, init_state(whole))
+    whole_trainer, stopped_trainer, resumed_trainer = (
+        make_penalized_trainer(),
+        make_penalized_trainer(),
+        make_penalized_trainer(),
+    )
+    uninterrupted = run_training_loop(whole_trainer, init_state(whole_trainer))
     path = tmp_path / "checkpoint"
-    stopped = replace(stopped, train_data=InterruptingDataset(stopped.train_data, 6))
+    stopped_trainer = replace(stopped_trainer, train_data=InterruptingDataset(stopped_trainer.train_data, 6))
     with pytest.raises(KeyboardInterrupt):
         run_training_loop(
-            stopped, init_state(stopped), lambda state: checkpoint.save_checkpoint(path, stopped, state, RUN_CONFIG)
+            stopped_trainer,
+            init_state(stopped_trainer),
+            lambda state: checkpoint.save_checkpoint(path, stopped_trainer, state, RUN_CONFIG),
         )
-    state = run_training_loop(resumed, checkpoint.load_checkpoint(path, resumed, RUN_CONFIG))
-    assert_tensors_equal(copy_weights(resumed), copy_weights(whole))
+    state = run_training_loop(resumed_trainer, checkpoint.load_checkpoint(path, resumed_trainer, RUN_CONFIG))
+    assert_tensors_equal(copy_weights(resumed_trainer), copy_weights(whole_trainer))
     assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
-
-
-# -- the whole way ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +246,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, colour in colours.items():
             patch.setitem(pictures.COLOURS, name, colour)
-        pictures.write_photos(home / "old", 12, OLD)
-        pictures.write_photos(home / "new", 12, NEW, first=9000)
-        pictures.write_photos(home / "test", 6, (*OLD, *NEW), first=50_000)
+        pictures.write_photos(home / "old", 12, OLD_NAMES)
+        pictures.write_photos(home / "new", 12, NEW_NAMES, first=9000)
+        pictures.write_photos(home / "test", 6, (*OLD_NAMES, *NEW_NAMES), first=50_000)
     return home
 
 
@@ -266,32 +266,36 @@ def model(home: Path, ladder: Any) -> Model:
 
 
 @pytest.fixture(scope="module")
-def grow(home: Path, model: Model) -> Callable[..., Expansion]:
-    def run(method: str | None, *data: str, of: Model | None = None, **how: Any) -> Expansion:
-        params = {**({} if how.get("unfreeze") == "head" else QUICK), **how.pop("params", {})}
-        how = {"test": home / "test", "unfreeze": "last", "cache": home / "cache", **how}
-        return expand(of or model, [home / name for name in data or ("new",)], method=method, params=params, **how)
+def expand_ladder(home: Path, model: Model) -> Callable[..., Expansion]:
+    def run(method: str | None, *data: str, base_model: Model | None = None, **options: Any) -> Expansion:
+        params = {**({} if options.get("unfreeze") == "head" else QUICK_TRAINING), **options.pop("params", {})}
+        options = {"test": home / "test", "unfreeze": "last", "cache": home / "cache", **options}
+        return expand(
+            base_model or model, [home / name for name in data or ("new",)], method=method, params=params, **options
+        )
 
     return run
 
 
 @pytest.mark.parametrize("method", ["joint", "replay", "distill", "ewc", "naive"])
-def test_each_method_gives_a_model_that_survives_saving(method: str, grow: Any, home: Path, tmp_path: Path) -> None:
+def test_each_method_gives_a_model_that_predicts_the_same_after_saving(
+    method: str, expand_ladder: Any, home: Path, tmp_path: Path
+) -> None:
     data = ("new",) if method in ("distill", "naive") else ("old", "new")
-    expansion = grow(
+    expansion = expand_ladder(
         method, *data, out=tmp_path / "m.model", params={"epochs": 6, "learning_rate": 1e-3, "patience": 0}
     )
     assert expansion.outcomes[0].method == method
     assert expansion.images["tested"] == 24
     files = sorted((home / "test").rglob("*.png"))
     loaded = load_model(tmp_path / "m.model").attach(expansion.model.backbone)
-    assert loaded.classes == (*OLD, *NEW)
+    assert loaded.classes == (*OLD_NAMES, *NEW_NAMES)
     np.testing.assert_allclose(loaded.predict_proba(files), expansion.model.predict_proba(files), atol=1e-6)
-    right = np.mean([name == file.parent.name for name, file in zip(loaded.predict(files), files, strict=True)])
-    assert expansion.outcomes[0].all.value == pytest.approx(right)
+    accuracy = np.mean([name == file.parent.name for name, file in zip(loaded.predict(files), files, strict=True)])
+    assert expansion.outcomes[0].all.value == pytest.approx(accuracy)
     assert [step["method"] for step in loaded.history["steps"]] == ["train", method]
-    again = Expansion.from_dict(loaded, loaded.scores["expansion"]["result"])
-    assert again.as_table() == expansion.as_table()
+    restored = Expansion.from_dict(loaded, loaded.scores["expansion"]["result"])
+    assert restored.as_table() == expansion.as_table()
     names = [row[0] for row in expansion.as_table()]
     if not any("stays as it was" in note for note in expansion.notes):
         assert f"{method} on features" in names
@@ -303,8 +307,8 @@ def test_each_method_gives_a_model_that_survives_saving(method: str, grow: Any, 
     assert not (tmp_path / "m.model.checkpoint").exists()
 
 
-def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> None:
-    expansion = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
+def test_naive_forgets_and_each_epoch_reports_it(expand_ladder: Any, log: list[str]) -> None:
+    expansion = expand_ladder("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
     curves = expansion.outcomes[0].curves
     assert curves["epochs"] == list(range(9))
     assert curves["old_accuracy"][0] > curves["old_accuracy"][-1]
@@ -317,8 +321,8 @@ def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> N
 
 
 @pytest.mark.thorough
-def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home: Path, tmp_path: Path) -> None:
-    first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
+def test_importances_are_retained_and_suffice_for_the_next_step(expand_ladder: Any, home: Path, tmp_path: Path) -> None:
+    first = expand_ladder("ewc", "old", "new", out=tmp_path / "m.model", params=LONGER_TRAINING)
     memory = first.model.kept
     assert all(name.startswith("backbone.layer3") for name in memory.network)
     layer3 = sum(p.numel() for n, p in pictures.Ladder().named_parameters() if n.startswith("layer3"))
@@ -326,75 +330,77 @@ def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home:
         memory.to_summary()["bytes"]["network"] == 4 * layer3 == sum(array.nbytes for array in memory.network.values())
     )
     assert memory.importances.shape == (4, LADDER_WIDTH + 1)
-    shown = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
-    assert f"importances of the network: {format_size(4 * layer3)}" in shown
+    output = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
+    assert f"importances of the network: {format_size(4 * layer3)}" in output
     loaded = load_model(tmp_path / "m.model").attach(first.model.backbone)
     for name, array in memory.network.items():
         np.testing.assert_array_equal(loaded.kept.network[name], array)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pictures.COLOURS, "eel", (90, 150, 150))
         more = str(pictures.write_photos(tmp_path / "more", 8, ("eel",), first=70_000))
-    second = grow("ewc", more, of=loaded, params=LEARNS)
-    assert second.model.classes == (*OLD, *NEW, "eel")
+    second = expand_ladder("ewc", more, base_model=loaded, params=LONGER_TRAINING)
+    assert second.model.classes == (*OLD_NAMES, *NEW_NAMES, "eel")
     assert second.model.kept.network.keys() == memory.network.keys()
-    with pytest.raises(ConfigError, match=r"no importances of \d+ of the weights \(stem"):
-        grow("ewc", more, of=loaded, unfreeze="all")
-    bare = grow("ewc", "old", "new", keep="none", params=LEARNS)
-    assert bare.model.kept is None
-    with pytest.raises(ConfigError, match="ewc with --unfreeze needs importances of the network, and the model keeps"):
-        grow("ewc", more, of=bare.model)
+    with pytest.raises(ConfigError, match=r"no importances of \d+ weights \(stem"):
+        expand_ladder("ewc", more, base_model=loaded, unfreeze="all")
+    unretained = expand_ladder("ewc", "old", "new", keep="none", params=LONGER_TRAINING)
+    assert unretained.model.kept is None
+    with pytest.raises(ConfigError, match="ewc with --unfreeze needs importances of the network, and the model"):
+        expand_ladder("ewc", more, base_model=unretained.model)
 
 
 @pytest.mark.thorough
-def test_a_resumed_expansion_gives_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    how = {"params": LEARNS, "out": tmp_path / "m.model"}
-    whole = grow("ewc", "old", "new", **{**how, "out": tmp_path / "whole.model"})
+def test_a_resumed_expansion_gives_the_same_model(expand_ladder: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    options = {"params": LONGER_TRAINING, "out": tmp_path / "m.model"}
+    uninterrupted = expand_ladder("ewc", "old", "new", **{**options, "out": tmp_path / "whole.model"})
     interrupt_fine_tuning(monkeypatch, n_steps=3)
     with pytest.raises(KeyboardInterrupt):
-        grow("ewc", "old", "new", **how)
+        expand_ladder("ewc", "old", "new", **options)
     assert not (tmp_path / "m.model").exists()
     with pytest.raises(ConfigError, match=r"expansion.settings.strength is None, asked for 2.0.*--restart"):
-        grow("ewc", "old", "new", **{**how, "params": {**LEARNS, "strength": 2.0}})
-    resumed = grow("ewc", "old", "new", **how)
-    assert resumed.model.backbone.digest == whole.model.backbone.digest
-    np.testing.assert_array_equal(resumed.model.head[-1].coefs_[0], whole.model.head[-1].coefs_[0])
-    assert resumed.outcomes[0].curves == whole.outcomes[0].curves
+        expand_ladder("ewc", "old", "new", **{**options, "params": {**LONGER_TRAINING, "strength": 2.0}})
+    resumed = expand_ladder("ewc", "old", "new", **options)
+    assert resumed.model.backbone.digest == uninterrupted.model.backbone.digest
+    np.testing.assert_array_equal(resumed.model.head[-1].coefs_[0], uninterrupted.model.head[-1].coefs_[0])
+    assert resumed.outcomes[0].curves == uninterrupted.outcomes[0].curves
     assert not (tmp_path / "m.model.checkpoint").exists()
-    written = (tmp_path / "m.model").stat().st_mtime_ns
-    assert grow("ewc", "old", "new", **how).to_dict()["outcomes"] == resumed.to_dict()["outcomes"]
-    assert (tmp_path / "m.model").stat().st_mtime_ns == written
+    mtime = (tmp_path / "m.model").stat().st_mtime_ns
+    assert expand_ladder("ewc", "old", "new", **options).to_dict()["outcomes"] == resumed.to_dict()["outcomes"]
+    assert (tmp_path / "m.model").stat().st_mtime_ns == mtime
 
 
-def test_without_an_improvement_the_result_is_that_of_features(grow: Any, model: Model) -> None:
-    expansion = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
+def test_without_an_improvement_the_result_equals_expansion_on_features(expand_ladder: Any, model: Model) -> None:
+    expansion = expand_ladder("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
     assert expansion.notes[0].startswith("no epoch was better than the start")
     assert expansion.model.facts == model.facts
-    features = grow("distill", unfreeze="head")
+    features = expand_ladder("distill", unfreeze="head")
     assert [o.to_dict() | {"seconds": 0} for o in expansion.outcomes] == [
         o.to_dict() | {"seconds": 0} for o in features.outcomes
     ]
 
 
-def test_an_expanded_network_is_expanded_again(grow: Any, home: Path, tmp_path: Path) -> None:
-    expansion = grow("joint", "old", "new", keep="rows=3,statistics", params=LEARNS)
+def test_an_expanded_network_is_expanded_again(expand_ladder: Any, home: Path, tmp_path: Path) -> None:
+    expansion = expand_ladder("joint", "old", "new", keep="rows=3,statistics", params=LONGER_TRAINING)
     assert np.bincount(expansion.model.kept.codes).tolist() == [3] * 4
     cache = featpipe.extract(home / "test", backbone=expansion.model.backbone, cache=home / "cache")
     fewer = expansion.model.expand((), drop=["ape"])
     assert set(fewer.predict_features(cache.X)) <= {"bee", "cow", "dog"}
     shutil.copytree(home / "old", tmp_path / "all")
     shutil.copytree(home / "new", tmp_path / "all", dirs_exist_ok=True)
-    tuned = expansion.model.finetune(tmp_path / "all", cache=home / "cache", keep_worse=True, **{**QUICK, "epochs": 1})
+    tuned = expansion.model.finetune(
+        tmp_path / "all", cache=home / "cache", keep_worse=True, **{**QUICK_TRAINING, "epochs": 1}
+    )
     assert tuned.classes == expansion.model.classes
 
 
 def test_old_images_are_recognized_by_their_bytes_and_replayed(
-    grow: Any, home: Path, tmp_path: Path, log: list[str]
+    expand_ladder: Any, home: Path, tmp_path: Path, log: list[str]
 ) -> None:
-    for name in OLD:
+    for name in OLD_NAMES:
         (tmp_path / "some" / name).mkdir(parents=True)
         for file in sorted((home / "old" / name).glob("*.png"))[:6]:
             shutil.copy(file, tmp_path / "some" / name / f"a-{file.name}")
-    expansion = grow("replay", str(tmp_path / "some"), "new", memory=5)
+    expansion = expand_ladder("replay", str(tmp_path / "some"), "new", memory=5)
     assert expansion.images["old"] == 12
     text = next(text for text in log if "validation and" in text)
     n_train, n_validation = map(int, re.match(r"(\d+) training, (\d+) validation", text).groups())
@@ -402,18 +408,25 @@ def test_old_images_are_recognized_by_their_bytes_and_replayed(
 
 
 def test_an_exemplar_weighs_as_much_as_the_images_it_represents(model: Model) -> None:
-    """The root of it, and the rest as an offset of its class, as on features."""
-    d, random = int(model.head[-1].n_features_in_), np.random.default_rng(0)
+    """Half in logarithms as a sample weight, half as an offset of its class, as on features."""
+    d, rng = int(model.head[-1].n_features_in_), np.random.default_rng(0)
 
     def make_dataset(codes: list[int], seed: int) -> EmbeddingDataset:
         digests = np.random.default_rng(seed).integers(0, 256, (len(codes), 32), dtype=np.uint8)
-        X = random.normal(size=(len(codes), d)).astype(np.float32)
-        return EmbeddingDataset(np.arange(len(codes)), X, np.array(codes), (*OLD, "cow"), digests)
+        X = rng.normal(size=(len(codes), d)).astype(np.float32)
+        return EmbeddingDataset(np.arange(len(codes)), X, np.array(codes), (*OLD_NAMES, "cow"), digests)
 
-    old, new = make_dataset([0] * 5 + [1] * 5, 1), make_dataset([2] * 10, 2)
+    old_set, new_set = make_dataset([0] * 5 + [1] * 5, 1), make_dataset([2] * 10, 2)
     memory = ReplayMemory(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
     step = IncrementalStep(
-        model.head, 1.0, ClassMapping.from_labels(OLD, ["cow"]), memory, new, old, False, ExpansionConfig(memory=5)
+        model.head,
+        1.0,
+        ClassMapping.from_labels(OLD_NAMES, ["cow"]),
+        memory,
+        new_set,
+        old_set,
+        False,
+        ExpansionConfig(memory=5),
     )
     replay_dataset = make_replay_dataset(step, "replay", 0.2)
     assert sorted(replay_dataset.represented_counts.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
@@ -432,26 +445,23 @@ def test_an_exemplar_weighs_as_much_as_the_images_it_represents(model: Model) ->
 
 
 def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None:
-    """Where training starts at the old rows, all of them moved by the same, nothing pulls."""
-    random = np.random.default_rng(0)
-    W, b = random.normal(size=(3, 5)), random.normal(size=3)
-    before = HeadLayers((W,), (b,))
-    new = np.vstack([W, random.normal(size=(1, 5))]), np.append(b, 0.3)
-    start = HeadLayers((new[0],), (new[1],)).center_logits()
-    known = {"head.0.weight": np.ones((4, 5), np.float32), "head.0.bias": np.ones(4, np.float32)}
-    anchor = make_ewc_penalty(start, before.center_logits(), known, 1.0, nn.Identity())
-    parameters = {f"head.{name}": parameter for name, parameter in start.to_module().named_parameters()}
+    """The penalty is zero where training starts at the old rows, shifted by the same vector."""
+    rng = np.random.default_rng(0)
+    W, b = rng.normal(size=(3, 5)), rng.normal(size=3)
+    old_layers = HeadLayers((W,), (b,))
+    new_theta = np.vstack([W, rng.normal(size=(1, 5))]), np.append(b, 0.3)
+    initial_layers = HeadLayers((new_theta[0],), (new_theta[1],)).center_logits()
+    importances = {"head.0.weight": np.ones((4, 5), np.float32), "head.0.bias": np.ones(4, np.float32)}
+    penalty = make_ewc_penalty(initial_layers, old_layers.center_logits(), importances, 1.0, nn.Identity())
+    parameters = {f"head.{name}": parameter for name, parameter in initial_layers.to_module().named_parameters()}
     with torch.no_grad():
-        assert float(anchor.penalty(parameters)) < 1e-12
+        assert float(penalty.penalty(parameters)) < 1e-12
         parameters["head.0.weight"][0, 0] += 0.1
-        assert float(anchor.penalty(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
+        assert float(penalty.penalty(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("method", "data", "how", "problem"),
+    ("method", "data", "options", "problem"),
     [
         (
             "statistics",
@@ -460,12 +470,12 @@ def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None
             "statistics uses sums over embeddings, and training the network changes the embeddings",
         ),
         ("frozen-old", "new", {}, "frozen-old keeps the old scores bit for bit, and training the network changes them"),
-        ("all", "new", {}, "all compares methods on features.*What works with --unfreeze: joint, replay, distill"),
+        ("all", "new", {}, "all compares methods on features.*Available with --unfreeze: joint, replay, distill"),
         (
             "joint",
             "new",
             {},
-            "joint needs the images that the model was trained on, and there are none of 'ape', 'bee'",
+            "joint needs old images of every class, and there are none of 'ape', 'bee'",
         ),
         (
             "replay",
@@ -473,7 +483,7 @@ def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None
             {},
             "stored exemplars are embeddings, which cannot go through the network again.*an archive with 20",
         ),
-        ("ewc", "new", {}, "needs importances of the network, and the model keeps none"),
+        ("ewc", "new", {}, "needs importances of the network, and the model retains none"),
         ("distill", "new", {"unfreeze": "layer9"}, "unknown part of the network 'layer9'; did you mean"),
         ("distill", "new", {"params": {"epoch": 3}}, "unknown setting 'epoch'; did you mean 'epochs'"),
         ("distill", "new", {"params": {"temperature": 0}}, "temperature"),
@@ -481,47 +491,51 @@ def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None
         ("distill", "new", {"keep": "network,rows=x"}, "keep is 'network,rows=x'"),
         ("distill", "new", {"unfreeze": "head", "keep": "network"}, "embeddings are not enough; retain them when"),
         ("distill", "new", {"unfreeze": "head", "params": {"batch": 8}}, "unknown setting 'batch'"),
-        ("distill", "old", {}, "no class is new: nothing to learn"),
+        ("distill", "old", {}, "no class is new; give new images"),
         ("distill", "new", {"calibration": "old"}, "--calibration is not supported with --unfreeze"),
     ],
 )
-def test_invalid_input_is_refused_in_one_line(method: str, data: str, how: Any, problem: str, grow: Any) -> None:
+def test_invalid_input_is_refused_in_one_line(
+    method: str, data: str, options: Any, problem: str, expand_ladder: Any
+) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
-        grow(method, data, **how)
+        expand_ladder(method, data, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_cache_in_place_of_an_archive_is_refused(home: Path, model: Model, ladder: Any) -> None:
     cache = featpipe.extract(home / "new", backbone=ladder, cache=home / "cache")
-    for given in (cache, cache.path):
+    for archive in (cache, cache.path):
         with pytest.raises(ConfigError, match=r"is a cache, and --unfreeze trains on images.*give the archives"):
-            expand(model, given, method="distill", unfreeze="last")
+            expand(model, archive, method="distill", unfreeze="last")
 
 
-def test_too_few_images_for_validation_are_refused(home: Path, grow: Any, tmp_path: Path) -> None:
+def test_too_few_images_for_validation_are_refused(home: Path, expand_ladder: Any, tmp_path: Path) -> None:
     (tmp_path / "few" / "cow").mkdir(parents=True)
     for file in sorted((home / "new" / "cow").glob("*.png"))[:2]:
         shutil.copy(file, tmp_path / "few" / "cow")
     with pytest.raises(ConfigError, match="no class has 3 images to train on, of which some are for validation"):
-        grow("distill", str(tmp_path / "few"))
+        expand_ladder("distill", str(tmp_path / "few"))
 
 
-def test_a_head_that_is_not_a_layer_needs_old_images(home: Path, grow: Any, ladder: Any, log: list[str]) -> None:
+def test_a_head_that_cannot_become_a_layer_needs_old_images(
+    home: Path, expand_ladder: Any, ladder: Any, log: list[str]
+) -> None:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
     knn = featpipe.train(cache, "knn", cv=0).attach(ladder)
     with pytest.raises(ConfigError, match=r"is for heads that end in a softmax layer.*KNeighborsClassifier"):
-        grow("distill", of=knn)
-    grow("joint", "old", "new", of=knn)
-    assert any("knn is not a network layer" in text for text in log)
+        expand_ladder("distill", base_model=knn)
+    expand_ladder("joint", "old", "new", base_model=knn)
+    assert any("knn cannot become a layer" in text for text in log)
 
 
 def test_retained_importances_of_the_network_are_validated(home: Path, ladder: Any) -> None:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
     with pytest.raises(ConfigError, match=r"keep=network: .* `featpipe expand --unfreeze`"):
         featpipe.train(cache, keep="network")
-    known = {"backbone.x": np.ones(3, np.float32)}
-    memory = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
+    importances = {"backbone.x": np.ones(3, np.float32)}
+    memory = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=importances)
     np.testing.assert_array_equal(ReplayMemory.from_bytes(memory.to_bytes(), 2).network["backbone.x"], np.ones(3))
-    for bad in (-np.ones(3, np.float32), np.full(3, np.nan, np.float32)):
+    for invalid_importances in (-np.ones(3, np.float32), np.full(3, np.nan, np.float32)):
         with pytest.raises(ValueError, match="retained importances of the network are not all numbers"):
-            ReplayMemory.from_bytes(replace(memory, network={"backbone.x": bad}).to_bytes(), 2)
+            ReplayMemory.from_bytes(replace(memory, network={"backbone.x": invalid_importances}).to_bytes(), 2)

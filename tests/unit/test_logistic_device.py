@@ -1,4 +1,4 @@
-"""Logistic regression whose passes over the rows run in torch: on a GPU where there is one, else on the CPU."""
+"""Logistic regression with passes over the rows in torch: on a GPU if there is one, else on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from featpipe.heads.logistic.objective import DeviceProblem, LogisticProblem, ge
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
-def data(kind: str, n: int = 400, d: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def make_data(kind: str, n: int = 400, d: int = 20) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(n, d)).astype(np.float32)
     scores = X @ rng.normal(size=(d, 4)) + rng.normal(size=(n, 4))
@@ -23,20 +23,20 @@ def data(kind: str, n: int = 400, d: int = 20) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", ["classes", "two", "labels"])
 @pytest.mark.parametrize("settings", [{}, {"C": 1e4}, {"fit_intercept": False}, {"l1_ratio": 1.0, "C": 0.1}])
 def test_a_fit_on_a_device_equals_one_on_the_cpu(device, kind, settings):
-    X, y = data(kind)
+    X, y = make_data(kind)
     weights = np.random.default_rng(1).uniform(0.5, 2, len(X))
-    here = SoftmaxRegression(**settings).fit(X, y, weights)
-    there = SoftmaxRegression(**settings, device=device).fit(X, y, weights)
-    np.testing.assert_allclose(there.predict_proba(X), here.predict_proba(X), atol=1e-4)
+    cpu_head = SoftmaxRegression(**settings).fit(X, y, weights)
+    device_head = SoftmaxRegression(**settings, device=device).fit(X, y, weights)
+    np.testing.assert_allclose(device_head.predict_proba(X), cpu_head.predict_proba(X), atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("size", [1.0, 1e4])
-def test_value_and_gradient_on_a_device_equal_those_on_the_cpu(device, dtype, link, size):
+@pytest.mark.parametrize("weight_scale", [1.0, 1e4])
+def test_value_and_gradient_on_a_device_equal_those_on_the_cpu(device, dtype, link, weight_scale):
     rng = np.random.default_rng(0)
-    X, theta = rng.normal(size=(300, 7)), size * rng.normal(size=(5, 8))
+    X, theta = rng.normal(size=(300, 7)), weight_scale * rng.normal(size=(5, 8))
     Y = rng.integers(0, 5, 300) if link == "softmax" else rng.integers(0, 2, (300, 5))
     weights = rng.uniform(0.1, 2, Y.shape)
     options = {"center": X.mean(axis=0), "scale": X.std(axis=0), "ridge": 0.3}
@@ -48,7 +48,7 @@ def test_value_and_gradient_on_a_device_equal_those_on_the_cpu(device, dtype, li
 
 
 def test_an_unavailable_device_is_refused():
-    X, y = data("classes", 30)
+    X, y = make_data("classes", 30)
     for name in ("nowhere", "cuda:99"):
         with pytest.raises(ValueError, match=f"device is '{name}', which is not available"):
             SoftmaxRegression(device=name).fit(X, y)

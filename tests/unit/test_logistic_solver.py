@@ -10,8 +10,8 @@ from featpipe.heads.logistic.objective import LogisticProblem
 from featpipe.heads.logistic.preconditioners import DiagonalPreconditioner
 
 
-def two_loops(pairs, gradient, inverse):
-    """L-BFGS as the textbook has it, for one group."""
+def compute_two_loop_direction(pairs, gradient, inverse):
+    """The two-loop recursion of L-BFGS, for one group."""
     q, scales = gradient.copy(), []
     for s, y in reversed(pairs):
         scales.append(s @ q / (s @ y))
@@ -38,18 +38,18 @@ def test_the_search_direction_equals_that_of_the_two_loop_recursion(groups):
             pairs[group] = [*pairs[group], (step[group], change[group])][-HISTORY_SIZE:]
         memory.add(step.reshape(groups, k, width), change.reshape(groups, k, width))
     gradient = rng.normal(size=(groups, k, width))
-    metric = DiagonalPreconditioner(inverse)
-    actual = memory.direction(gradient, metric.solve)
+    preconditioner = DiagonalPreconditioner(inverse)
+    actual = memory.direction(gradient, preconditioner.solve)
     for group in range(groups):
-        expected = two_loops(pairs[group], gradient[group].ravel(), np.tile(inverse, k))
+        expected = compute_two_loop_direction(pairs[group], gradient[group].ravel(), np.tile(inverse, k))
         np.testing.assert_allclose(actual[group].ravel(), expected, rtol=1e-6, atol=1e-9)
-    # Under a stronger penalty the changes are those that would have been seen.
+    # After a stronger penalty, the gradient changes include its contribution.
     memory.update_penalty(2.0, width)
-    grown = np.where(np.arange(k * width) % width == width - 1, 0.0, 2.0)
-    actual = memory.direction(gradient, metric.solve)
+    ridge_increase = np.where(np.arange(k * width) % width == width - 1, 0.0, 2.0)
+    actual = memory.direction(gradient, preconditioner.solve)
     for group in range(groups):
-        stronger = [(s, y + grown * s) for s, y in pairs[group]]
-        expected = two_loops(stronger, gradient[group].ravel(), np.tile(inverse, k))
+        stronger = [(s, y + ridge_increase * s) for s, y in pairs[group]]
+        expected = compute_two_loop_direction(stronger, gradient[group].ravel(), np.tile(inverse, k))
         np.testing.assert_allclose(actual[group].ravel(), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -64,15 +64,17 @@ def test_few_rows_reach_the_minimum_even_if_their_gram_matrix_is_singular(kind, 
         X *= np.logspace(-5, 3, 150)
     head = SoftmaxRegression(tol=1e-9).fit(X, y)
     monkeypatch.setattr(solver, "MAX_ROW_SPACE_ROWS_PER_CLASS", 0)
-    whole = SoftmaxRegression(tol=1e-9).fit(X, y)
+    head_in_all_columns = SoftmaxRegression(tol=1e-9).fit(X, y)
     problem = LogisticProblem(X, y, np.ones(60), "softmax", 4)
-    here, there = (problem.evaluate(np.column_stack([h.coef_, h.intercept_])).values.sum() for h in (head, whole))
-    assert here == pytest.approx(there, rel=1e-7)
-    np.testing.assert_allclose(head.predict_proba(X), whole.predict_proba(X), atol=1e-4)
+    value, value_in_all_columns = (
+        problem.evaluate(np.column_stack([h.coef_, h.intercept_])).values.sum() for h in (head, head_in_all_columns)
+    )
+    assert value == pytest.approx(value_in_all_columns, rel=1e-7)
+    np.testing.assert_allclose(head.predict_proba(X), head_in_all_columns.predict_proba(X), atol=1e-4)
 
 
-def nearly_separable(n: int = 6000, d: int = 48, k: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Rows like those of a network's last layer, of classes far apart."""
+def make_nearly_separable_rows(n: int = 6000, d: int = 48, k: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Rows like the features of a network, with well separated classes."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, k, n)
     Z = 3.0 * rng.normal(size=(k, 16))[y] + rng.normal(size=(n, 16))
@@ -80,24 +82,28 @@ def nearly_separable(n: int = 6000, d: int = 48, k: int = 12) -> tuple[np.ndarra
     return ((X - X.mean(0)) / X.std(0)).astype(np.float32), y
 
 
-def value_at(head: SoftmaxRegression, X: np.ndarray, y: np.ndarray) -> float:
+def compute_value(head: SoftmaxRegression, X: np.ndarray, y: np.ndarray) -> float:
     problem = LogisticProblem(X, y, np.ones(len(X)), "softmax", len(head.classes_))
     return float(problem.evaluate(np.column_stack([head.coef_, head.intercept_])).values.sum())
 
 
 def count_passes(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> tuple[int, float]:
-    """The number of passes over all rows until the minimum, and the value of f there."""
-    rows, at = [], LogisticProblem.evaluate
-    with monkeypatch.context() as changed:
+    """The number of passes over all rows until the minimum, and the value there."""
+    row_counts, original_evaluate = [], LogisticProblem.evaluate
+    with monkeypatch.context() as patch:
         for name, value in settings.items():
-            changed.setattr(solver, name, value)
-        changed.setattr(LogisticProblem, "evaluate", lambda self, *given: rows.append(self.n) or at(self, *given))
+            patch.setattr(solver, name, value)
+        patch.setattr(
+            LogisticProblem,
+            "evaluate",
+            lambda self, *arguments: row_counts.append(self.n) or original_evaluate(self, *arguments),
+        )
         head = SoftmaxRegression().fit(X, y)
-    return rows.count(len(X)), value_at(head, X, y)
+    return row_counts.count(len(X)), compute_value(head, X, y)
 
 
 def test_a_start_from_a_sample_saves_passes_and_reaches_the_same_minimum(monkeypatch):
-    X, y = nearly_separable()
+    X, y = make_nearly_separable_rows()
     plain = count_passes(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
     sampled = count_passes(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=0)
     assert sampled[0] < plain[0]
@@ -105,19 +111,19 @@ def test_a_start_from_a_sample_saves_passes_and_reaches_the_same_minimum(monkeyp
 
 
 def test_a_sample_with_too_few_rows_of_a_class_or_a_high_loss_is_not_used_as_start(monkeypatch):
-    X, y = nearly_separable()
+    X, y = make_nearly_separable_rows()
     monkeypatch.setattr(solver, "MIN_PRODUCTS_FOR_WARM_START", 0)
 
-    def start(y: np.ndarray) -> object:
+    def find_start(y: np.ndarray) -> object:
         return solver._find_warm_start(
             LogisticProblem(X, y, np.ones(len(X)), "softmax", int(y.max()) + 1).materialize(np.float32)
         )
 
-    assert start(y) is not None
-    rare = y.copy()
-    rare[:5] = 12
-    assert start(rare) is None
-    assert start(np.random.default_rng(1).permutation(y)) is None
+    assert find_start(y) is not None
+    y_with_rare_class = y.copy()
+    y_with_rare_class[:5] = 12
+    assert find_start(y_with_rare_class) is None
+    assert find_start(np.random.default_rng(1).permutation(y)) is None
 
 
 @pytest.mark.parametrize("fit_intercept", [False, True])

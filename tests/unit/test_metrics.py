@@ -22,10 +22,10 @@ from featpipe.metrics import (
 from featpipe.metrics.paired_tests import mcnemar_test
 
 CLASSES = tuple("abcdefgh")
-SHARES = ("accuracy", "top5_accuracy", "exact_match")
+PROPORTION_METRICS = ("accuracy", "top5_accuracy", "exact_match")
 
 
-def predictions(m=300, k=8, sharpness=1.5, seed=0):
+def make_predictions(m=300, k=8, sharpness=1.5, seed=0):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, k, m)
     logits = rng.normal(size=(m, k)).round(1)
@@ -34,21 +34,21 @@ def predictions(m=300, k=8, sharpness=1.5, seed=0):
     return codes, p / p.sum(axis=1, keepdims=True)
 
 
-def named(codes):
+def to_class_names(codes):
     return [CLASSES[code] for code in codes]
 
 
-def calibration_oracle(confidence, right, bins=15):
-    """Slowly: bin by bin, the mean confidence beside the share that is right."""
+def compute_calibration_error(confidence, is_correct, bins=15):
+    """The plain definition: bin by bin, the mean confidence minus the accuracy."""
     edges, error = np.linspace(0, 1, bins + 1), 0.0
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
-        within = (confidence >= low) & ((confidence < high) | (i == bins - 1))
-        if within.any():
-            error += within.mean() * abs(confidence[within].mean() - right[within].mean())
+        is_in_bin = (confidence >= low) & ((confidence < high) | (i == bins - 1))
+        if is_in_bin.any():
+            error += is_in_bin.mean() * abs(confidence[is_in_bin].mean() - is_correct[is_in_bin].mean())
     return error
 
 
-def classification_oracle(codes, p):
+def compute_classification_scores(codes, p):
     predicted, present = p.argmax(axis=1), np.unique(codes)
     return {
         "accuracy": sk.accuracy_score(codes, predicted),
@@ -56,24 +56,24 @@ def classification_oracle(codes, p):
         "macro_f1": sk.f1_score(codes, predicted, average="macro"),
         "top5_accuracy": sk.top_k_accuracy_score(codes, p, k=5, labels=range(p.shape[1])),
         "log_loss": sk.log_loss(codes, p, labels=range(p.shape[1])),
-        "calibration_error": calibration_oracle(p.max(axis=1), predicted == codes),
+        "calibration_error": compute_calibration_error(p.max(axis=1), predicted == codes),
         "roc_auc": np.mean([sk.roc_auc_score(codes == c, p[:, c]) for c in present]),
         "pr_auc": np.mean([sk.average_precision_score(codes == c, p[:, c]) for c in present]),
     }
 
 
-def multilabel_oracle(y, p):
+def compute_multilabel_scores(y, p):
     predicted = p >= 0.5
     return {
         "mean_average_precision": sk.average_precision_score(y, p, average="macro"),
         "micro_f1": sk.f1_score(y, predicted, average="micro"),
         "macro_f1": sk.f1_score(y, predicted, average="macro"),
         "exact_match": sk.accuracy_score(y, predicted),
-        "calibration_error": calibration_oracle(np.ravel(p), np.ravel(y)),
+        "calibration_error": compute_calibration_error(np.ravel(p), np.ravel(y)),
     }
 
 
-def regression_oracle(y, p):
+def compute_regression_scores(y, p):
     return {
         "mae": sk.mean_absolute_error(y, p),
         "rmse": sk.root_mean_squared_error(y, p),
@@ -82,70 +82,70 @@ def regression_oracle(y, p):
     }
 
 
-def resampled(y, p, oracle, bootstrap, seed):
-    """The same intervals by the slow and obvious way."""
+def compute_resampled_intervals(y, p, oracle, bootstrap, seed):
+    """The intervals from explicit resamples of the rows."""
     rng = np.random.default_rng(seed)
     values = [oracle(y[rows], p[rows]) for rows in rng.integers(0, len(y), (bootstrap, len(y)))]
     return {name: np.percentile([v[name] for v in values], (2.5, 97.5)) for name in values[0]}
 
 
-def multilabel(m=200, k=4, seed=0):
+def make_multilabel_rows(m=200, k=4, seed=0):
     rng = np.random.default_rng(seed)
     y = (rng.random((m, k)) < 0.4).astype(int)
     return y, np.clip(0.35 * y + 0.65 * rng.random((m, k)), 0, 1).round(2)
 
 
-def regression(m=200, t=2, seed=0):
+def make_regression_rows(m=200, t=2, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.normal(10, 3, (m, t)).round(1)
     return y, (y + rng.normal(0, 2, (m, t))).round(1)
 
 
 def test_classification_scores_equal_those_of_scikit_learn():
-    codes, p = predictions()
-    scores = score("classification", named(codes), p, CLASSES, bootstrap=0)
-    oracle = classification_oracle(codes, p)
+    codes, p = make_predictions()
+    scores = score("classification", to_class_names(codes), p, CLASSES, bootstrap=0)
+    oracle = compute_classification_scores(codes, p)
     assert list(scores.metrics) == list(oracle)
     assert {name: score.value for name, score in scores.metrics.items()} == pytest.approx(oracle, abs=1e-12)
     np.testing.assert_array_equal(scores.confusion, sk.confusion_matrix(codes, p.argmax(axis=1)))
 
 
 def test_the_auc_of_two_classes_is_the_binary_auc():
-    codes, p = predictions(k=2)
+    codes, p = make_predictions(k=2)
     p = p.round(6)
-    scores = score("classification", named(codes), p, CLASSES[:2], bootstrap=0)
+    scores = score("classification", to_class_names(codes), p, CLASSES[:2], bootstrap=0)
     assert scores.metrics["roc_auc"].value == pytest.approx(sk.roc_auc_score(codes, p[:, 1]))
     assert "top5_accuracy" not in scores.metrics
 
 
 def test_multilabel_scores_equal_those_of_scikit_learn():
-    y, p = multilabel()
+    y, p = make_multilabel_rows()
     scores = score("multilabel", y, p, CLASSES[:4], bootstrap=0)
-    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(multilabel_oracle(y, p), abs=1e-12)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(compute_multilabel_scores(y, p), abs=1e-12)
 
 
 def test_regression_scores_equal_those_of_scikit_learn():
-    y, p = regression()
+    y, p = make_regression_rows()
     scores = score("regression", y, p, ["height", "width"], bootstrap=0)
-    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(regression_oracle(y, p), abs=1e-12)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(compute_regression_scores(y, p), abs=1e-12)
     assert scores.per_class[1]["rmse"] == pytest.approx(sk.root_mean_squared_error(y[:, 1], p[:, 1]))
 
 
 @pytest.mark.parametrize(
     ("task", "names", "data", "oracle"),
     [
-        ("multilabel", CLASSES[:4], multilabel(80), multilabel_oracle),
-        ("regression", ("height", "width"), regression(80), regression_oracle),
-        ("classification", CLASSES, predictions(120, sharpness=1), classification_oracle),
+        ("multilabel", CLASSES[:4], make_multilabel_rows(80), compute_multilabel_scores),
+        ("regression", ("height", "width"), make_regression_rows(80), compute_regression_scores),
+        ("classification", CLASSES, make_predictions(120, sharpness=1), compute_classification_scores),
     ],
     ids=["multilabel", "regression", "classification"],
 )
 def test_intervals_equal_those_of_explicit_resamples(task, names, data, oracle):
     y, p = data
-    labels = named(y) if task == "classification" else y
+    labels = to_class_names(y) if task == "classification" else y
     metrics = score(task, labels, p, names, bootstrap=60, seed=5).metrics
-    for name, (low, high) in resampled(y, p, oracle, 60, 5).items():
-        if name in SHARES:
+    for name, (low, high) in compute_resampled_intervals(y, p, oracle, 60, 5).items():
+        if name in PROPORTION_METRICS:
             continue
         assert metrics[name].low == pytest.approx(min(low, metrics[name].value), abs=1e-9), name
         assert metrics[name].high == pytest.approx(max(high, metrics[name].value), abs=1e-9), name
@@ -154,78 +154,84 @@ def test_intervals_equal_those_of_explicit_resamples(task, names, data, oracle):
 @settings(max_examples=30, deadline=None)
 @given(m=st.integers(2, 40), k=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_every_interval_contains_its_value(m, k, seed):
-    codes, p = predictions(m, k, seed=seed)
-    scores = score("classification", named(codes), p, CLASSES[:k], bootstrap=50)
+    codes, p = make_predictions(m, k, seed=seed)
+    scores = score("classification", to_class_names(codes), p, CLASSES[:k], bootstrap=50)
     for interval in scores.metrics.values():
         assert interval.low <= interval.value <= interval.high
 
 
 def test_intervals_shrink_with_the_square_root_of_the_number_of_rows():
     def width(m):
-        codes, p = predictions(m)
-        interval = score("classification", named(codes), p, CLASSES).metrics["accuracy"]
+        codes, p = make_predictions(m)
+        interval = score("classification", to_class_names(codes), p, CLASSES).metrics["accuracy"]
         return interval.high - interval.low
 
     assert width(200) / width(3200) == pytest.approx(4, rel=0.15)
 
 
 def test_the_interval_of_a_proportion_is_that_of_wilson():
-    codes, p = predictions(2000)
-    scores = score("classification", named(codes), p, CLASSES)
-    right = codes == p.argmax(axis=1)
-    expected = binomtest(int(right.sum()), 2000).proportion_ci(method="wilson")
+    codes, p = make_predictions(2000)
+    scores = score("classification", to_class_names(codes), p, CLASSES)
+    is_correct = codes == p.argmax(axis=1)
+    expected = binomtest(int(is_correct.sum()), 2000).proportion_ci(method="wilson")
     assert (scores.metrics["accuracy"].low, scores.metrics["accuracy"].high) == pytest.approx(tuple(expected))
     for code, row in enumerate(scores.per_class):
-        own = codes == code
-        expected = binomtest(int(right[own].sum()), int(own.sum())).proportion_ci(method="wilson")
+        in_class = codes == code
+        expected = binomtest(int(is_correct[in_class].sum()), int(in_class.sum())).proportion_ci(method="wilson")
         assert row["recall_interval"] == pytest.approx(list(expected))
 
 
 def test_proportions_of_0_and_1_have_an_interval():
     low, high = wilson_interval([0, 20], [20, 20])
-    ends = [binomtest(right, 20).proportion_ci(method="wilson") for right in (0, 20)]
-    assert low == pytest.approx([end.low for end in ends])
-    assert high == pytest.approx([end.high for end in ends])
+    expected = [binomtest(n_correct, 20).proportion_ci(method="wilson") for n_correct in (0, 20)]
+    assert low == pytest.approx([interval.low for interval in expected])
+    assert high == pytest.approx([interval.high for interval in expected])
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_scores_have_an_interval_if_all_rows_are_right_or_wrong(right):
+@pytest.mark.parametrize("all_correct", [True, False])
+def test_scores_have_an_interval_if_all_rows_are_right_or_wrong(all_correct):
     codes = np.arange(40) % 4
-    p = 0.025 + 0.9 * np.eye(4)[codes if right else (codes + 1) % 4]
-    metrics = score("classification", named(codes), p, CLASSES[:4]).metrics
-    for name in ("accuracy", "balanced_accuracy", "macro_f1", *(("roc_auc", "pr_auc") if right else ())):
-        assert metrics[name].value == (1 if right else 0), name
+    p = 0.025 + 0.9 * np.eye(4)[codes if all_correct else (codes + 1) % 4]
+    metrics = score("classification", to_class_names(codes), p, CLASSES[:4]).metrics
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", *(("roc_auc", "pr_auc") if all_correct else ())):
+        assert metrics[name].value == (1 if all_correct else 0), name
         assert metrics[name].high - metrics[name].low > 0.05, name
-    rare = np.repeat(np.arange(2), (38, 2))
-    metrics = score("classification", named(rare), 0.1 + 0.8 * np.eye(2)[rare], CLASSES[:2]).metrics
-    assert metrics["balanced_accuracy"].low < metrics["accuracy"].low - 0.2  # two rows say little of a class
+    rare_codes = np.repeat(np.arange(2), (38, 2))
+    metrics = score(
+        "classification", to_class_names(rare_codes), 0.1 + 0.8 * np.eye(2)[rare_codes], CLASSES[:2]
+    ).metrics
+    assert (
+        metrics["balanced_accuracy"].low < metrics["accuracy"].low - 0.2
+    )  # the recall of a class with two rows is uncertain
 
 
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
-    codes, p = predictions(100)
-    first, again, other = (
-        score("classification", named(codes), p, CLASSES, seed=seed).to_dict()["metrics"] for seed in (1, 1, 2)
+    codes, p = make_predictions(100)
+    first, repeated, other_seed = (
+        score("classification", to_class_names(codes), p, CLASSES, seed=seed).to_dict()["metrics"] for seed in (1, 1, 2)
     )
-    assert first == again
-    assert first != other
+    assert first == repeated
+    assert first != other_seed
 
 
 def test_a_score_that_is_too_costly_to_resample_has_no_interval(monkeypatch):
     monkeypatch.setattr("featpipe.metrics.metrics._MAX_RANKED_SCORES", 10)
-    codes, p = predictions(50)
-    metrics = score("classification", named(codes), p, CLASSES).metrics
+    codes, p = make_predictions(50)
+    metrics = score("classification", to_class_names(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known
     assert math.isfinite(metrics["roc_auc"].value)
     assert metrics["log_loss"].known
 
 
 def test_a_class_without_rows_is_not_averaged_and_has_no_recall():
-    codes, p = predictions(300)
-    keep = codes != 3
+    codes, p = make_predictions(300)
+    has_rows = codes != 3
     p[:, 3] = 0
     p /= p.sum(axis=1, keepdims=True)
-    scores = score("classification", named(codes[keep]), p[keep], CLASSES)
-    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(classification_oracle(codes[keep], p[keep]))
+    scores = score("classification", to_class_names(codes[has_rows]), p[has_rows], CLASSES)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(
+        compute_classification_scores(codes[has_rows], p[has_rows])
+    )
     absent = scores.per_class[3]
     assert absent["support"] == 0
     assert math.isnan(absent["recall"])
@@ -250,14 +256,14 @@ def test_a_single_class_has_perfect_scores():
 
 
 def test_a_single_label_is_not_scored_as_a_binary_problem():
-    y, p = multilabel(k=1)
+    y, p = make_multilabel_rows(k=1)
     scores = score("multilabel", y, p, ["a"], bootstrap=0)
     assert scores.metrics["macro_f1"].value == pytest.approx(sk.f1_score(y[:, 0], p[:, 0] >= 0.5))
     assert scores.metrics["micro_f1"].value == pytest.approx(scores.metrics["macro_f1"].value)
 
 
 def test_a_label_without_rows_is_not_in_the_mean_average_precision():
-    y, p = multilabel()
+    y, p = make_multilabel_rows()
     y[:, 2] = 0
     value = score("multilabel", y, p, CLASSES[:4], bootstrap=20).metrics["mean_average_precision"].value
     columns = [0, 1, 3]
@@ -273,8 +279,10 @@ def test_a_constant_prediction_has_no_spearman_and_the_mean_has_zero_r2():
 
 
 def test_single_precision_probabilities_are_accepted():
-    codes, p = predictions()
-    value = score("classification", named(codes), p.astype(np.float32), CLASSES, bootstrap=0).metrics["log_loss"]
+    codes, p = make_predictions()
+    value = score("classification", to_class_names(codes), p.astype(np.float32), CLASSES, bootstrap=0).metrics[
+        "log_loss"
+    ]
     assert value.value == pytest.approx(sk.log_loss(codes, p), abs=1e-5)
 
 
@@ -313,8 +321,10 @@ def test_multilabel_rows_without_labels_are_refused():
 
 
 def test_the_dictionary_is_json_with_stable_keys():
-    codes, p = predictions(50)
-    scores = json.loads(json.dumps(score("classification", named(codes), p, CLASSES).to_dict(), allow_nan=False))
+    codes, p = make_predictions(50)
+    scores = json.loads(
+        json.dumps(score("classification", to_class_names(codes), p, CLASSES).to_dict(), allow_nan=False)
+    )
     assert list(scores) == ["task", "n", "metrics", "per_class", "confusion", "classes"]
     assert set(scores["metrics"]["accuracy"]) == {"value", "low", "high"}
     assert set(scores["per_class"][0]) == {
@@ -331,8 +341,8 @@ def test_the_most_confused_pairs_come_first():
 
 
 def test_the_table_shows_every_score_and_the_weakest_class_first():
-    codes, p = predictions(200)
-    scores = score("classification", named(codes), p, CLASSES)
+    codes, p = make_predictions(200)
+    scores = score("classification", to_class_names(codes), p, CLASSES)
     table = scores.table(limit=3)
     for name, interval in scores.metrics.items():
         assert METRICS[name].title in table
@@ -354,11 +364,11 @@ def test_long_class_names_are_cut_in_the_table():
 
 
 def test_every_score_has_a_name_and_a_meaning():
-    codes, p = predictions(50)
+    codes, p = make_predictions(50)
     actual = {
-        *score("classification", named(codes), p, CLASSES).metrics,
-        *score("multilabel", *multilabel(), CLASSES[:4]).metrics,
-        *score("regression", *regression(), ["a", "b"]).metrics,
+        *score("classification", to_class_names(codes), p, CLASSES).metrics,
+        *score("multilabel", *make_multilabel_rows(), CLASSES[:4]).metrics,
+        *score("regression", *make_regression_rows(), ["a", "b"]).metrics,
     }
     assert actual == set(METRICS)
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {
@@ -375,25 +385,25 @@ def test_every_selection_metric_is_a_reported_metric():
 
 def test_mcnemar_counts_the_rows_that_only_one_model_gets_right():
     y = np.zeros(60, int)
-    first, second = np.ones(60), np.ones(60)
-    first[:4], second[2:14] = 0, 0  # 2 wrong in both, 2 in the first alone, 10 in the second alone
-    both = [np.column_stack([right, 1 - right]) for right in (first, second)]
-    actual = compare_paired("classification", named(y), *both, CLASSES[:2])
+    first_correct, second_correct = np.ones(60), np.ones(60)
+    first_correct[:4], second_correct[2:14] = 0, 0  # 2 wrong in both, 2 in the first alone, 10 in the second alone
+    probability_pair = [np.column_stack([is_correct, 1 - is_correct]) for is_correct in (first_correct, second_correct)]
+    actual = compare_paired("classification", to_class_names(y), *probability_pair, CLASSES[:2])
     assert (actual.only_first, actual.only_second, actual.n) == (10, 2, 60)
-    exact = 2 * sum(math.comb(12, i) for i in range(3)) / 2**12
+    expected_p = 2 * sum(math.comb(12, i) for i in range(3)) / 2**12
     contrast = actual.contrasts["accuracy"]
-    assert contrast.p == pytest.approx(exact)
+    assert contrast.p == pytest.approx(expected_p)
     assert contrast.test == "mcnemar"
     assert contrast.difference.value == pytest.approx(8 / 60)
     assert contrast.difference.low < 8 / 60 < contrast.difference.high
-    swapped = compare_paired("classification", named(y), *both[::-1], CLASSES[:2])
+    swapped = compare_paired("classification", to_class_names(y), *probability_pair[::-1], CLASSES[:2])
     assert swapped.contrasts["accuracy"].difference.value == pytest.approx(-8 / 60)
     assert swapped.contrasts["accuracy"].p == contrast.p
 
 
 def test_models_that_always_agree_have_zero_difference_with_an_interval():
-    codes, p = predictions(100)
-    contrast = compare_paired("classification", named(codes), p, p, CLASSES).contrasts["accuracy"]
+    codes, p = make_predictions(100)
+    contrast = compare_paired("classification", to_class_names(codes), p, p, CLASSES).contrasts["accuracy"]
     assert (contrast.p, contrast.difference.value) == (1.0, 0.0)
     assert contrast.difference.low == pytest.approx(-contrast.difference.high)
     assert contrast.difference.high > 0.005
@@ -402,8 +412,8 @@ def test_models_that_always_agree_have_zero_difference_with_an_interval():
 @pytest.mark.parametrize(
     ("task", "names", "data", "oracle"),
     [
-        ("regression", ("height", "width"), regression(80), regression_oracle),
-        ("multilabel", CLASSES[:4], multilabel(80), multilabel_oracle),
+        ("regression", ("height", "width"), make_regression_rows(80), compute_regression_scores),
+        ("multilabel", CLASSES[:4], make_multilabel_rows(80), compute_multilabel_scores),
     ],
 )
 def test_the_interval_of_a_difference_uses_the_same_resamples_for_both_models(task, names, data, oracle):
@@ -414,7 +424,7 @@ def test_the_interval_of_a_difference_uses_the_same_resamples_for_both_models(ta
     rng = np.random.default_rng(3)
     draws = rng.integers(0, len(y), (60, len(y)))
     values = [{n: v - oracle(y[r], q[r])[n] for n, v in oracle(y[r], p[r]).items()} for r in draws]
-    for name in set(actual) - set(SHARES):
+    for name in set(actual) - set(PROPORTION_METRICS):
         difference = np.array([value[name] for value in values])
         low, high = np.percentile(difference, (2.5, 97.5))
         assert (actual[name].difference.low, actual[name].difference.high) == pytest.approx((low, high), abs=1e-9)
@@ -424,24 +434,24 @@ def test_the_interval_of_a_difference_uses_the_same_resamples_for_both_models(ta
 def test_the_interval_of_a_paired_difference_has_its_nominal_coverage():
     rng, n_covered = np.random.default_rng(0), 0
     for _ in range(400):
-        first, second = rng.random(150) < 0.9, rng.random(150) < 0.8
-        actual = mcnemar_test(first, second).difference
+        first_correct, second_correct = rng.random(150) < 0.9, rng.random(150) < 0.8
+        actual = mcnemar_test(first_correct, second_correct).difference
         n_covered += actual.low <= 0.1 <= actual.high
     assert 0.93 <= n_covered / 400 <= 0.985
 
 
 @pytest.mark.parametrize(
-    ("protocol", "words"),
+    ("protocol", "description"),
     [
         ({"kind": "folds", "folds": 5, "n": 90}, "5-fold cross-validation on the 90 training images"),
         (
             {"kind": "time_spans", "folds": 3, "n": 1500, "n_rows": 2000, "groups": 1200},
-            "3 spans of time, each predicted from earlier ones: 1,500 of 2,000 training images, 1,200 groups kept "
+            "3 time spans, each predicted from the earlier ones: 1,500 of 2,000 training images, 1,200 groups kept "
             "together",
         ),
         (
             {"kind": "since", "since": "2024-01-15", "n": 34},
-            "fitted on what is before 2024-01-15, judged by the 34 images since then",
+            "fitted on images before 2024-01-15, scored on the 34 images since then",
         ),
         (
             {"kind": "inner_folds", "candidates": 45, "folds": 5, "n": 100, "scaled_to": 2000},
@@ -451,14 +461,14 @@ def test_the_interval_of_a_paired_difference_has_its_nominal_coverage():
         ({"kind": "holdout", "n": 9}, "9 images held out"),
         ({"kind": "unseen", "n": 9}, "9 images that were not trained on"),
         ({"kind": "given", "n": 9}, "9 given test images"),
-        ({"kind": "new_holdout", "n": 10}, "10 new images, held out and learnt afterwards"),
+        ({"kind": "new_holdout", "n": 10}, "10 new images, held out and trained on afterwards"),
         (
             {"kind": "given_and_new_holdout", "given": 9, "n": 10},
-            "9 given test images and 10 new images, held out and learnt afterwards",
+            "9 given test images and 10 new images, held out and trained on afterwards",
         ),
         ({"kind": "none"}, "no test images"),
         ("the words of an older file", "the words of an older file"),
     ],
 )
-def test_a_protocol_is_stored_as_data_and_shown_in_words(protocol, words):
-    assert format_protocol(json.loads(json.dumps(protocol))) == words
+def test_a_protocol_is_stored_as_data_and_shown_as_text(protocol, description):
+    assert format_protocol(json.loads(json.dumps(protocol))) == description

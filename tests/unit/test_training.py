@@ -1,4 +1,4 @@
-"""Training fits on the rows that it says, with labels that stay aligned, and estimates what it can keep."""
+"""Training: which rows are fitted, cross-validated scores, searches of settings, and comparisons of heads."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from featpipe.splits import SplitSeed, splits
 from featpipe.status import Status
 from featpipe.storage import StringColumn
 from featpipe.training import EmbeddingDataset, compare, fit_head, load_training_data, search
-from featpipe.training.train import _unique_digests
+from featpipe.training.train import _find_distinct_digests
 from tests.support.datasets import FACTS, digests
 from tests.support.logs import logged_warning
 
 
 @pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., FeatureCache]:
-    """Writes a cache of the features and labels given, without an image."""
+    """Write a cache from features and labels, without images."""
 
     def make(X: Any, labels: Labels, **columns: Any) -> FeatureCache:
         n, X = len(X), np.asarray(X, np.float32)
@@ -46,7 +46,7 @@ def make_cache(tmp_path: Path) -> Callable[..., FeatureCache]:
             split=np.zeros(n, np.uint8),
             labels=labels,
         )
-        path = tmp_path / "made.h5"
+        path = tmp_path / "rows.h5"
         manifest = {"facts": FACTS, "backbone": {"name": "x:y", "outputs": ["pooled"]}}
         shapes = {"pooled": X.shape[1:]}
         write_cache(path, replace(table, **columns), manifest, shapes, "float32", lambda _, start, stop: X[start:stop])
@@ -55,30 +55,27 @@ def make_cache(tmp_path: Path) -> Callable[..., FeatureCache]:
     return make
 
 
-def blobs(codes: np.ndarray, d: int = 5, seed: int = 0, spread: float = 1.0) -> np.ndarray:
+def make_blobs(codes: np.ndarray, d: int = 5, seed: int = 0, spread: float = 1.0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = 2 * rng.normal(size=(int(codes.max()) + 1, d))
     return (centres[codes] + spread * rng.normal(size=(len(codes), d))).astype(np.float32)
 
 
-def marked(n: int, **rows: Any) -> np.ndarray:
+def make_split_column(n: int, **rows_by_split: Any) -> np.ndarray:
     marks = np.zeros(n, np.uint8)
-    for name, where in rows.items():
-        marks[where] = SPLIT_NAMES.index(name)
+    for name, row_indices in rows_by_split.items():
+        marks[row_indices] = SPLIT_NAMES.index(name)
     return marks
-
-
-# -- the dataset -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def abc_cache(make_cache: Any) -> FeatureCache:
-    """30 rows of the classes a, b, c in turns; rows 20 to 24 validate, 25 to 29 test; row 26 is a copy of row 2."""
-    own = digests(30).copy()
-    own[26] = own[2]
-    split = marked(30, train=slice(0, 20), validation=slice(20, 25), test=slice(25, 30))
+    """30 rows, alternately of classes a, b, c; 20 to 24 for validation, 25 to 29 for the test; 26 copies row 2."""
+    image_digests = digests(30).copy()
+    image_digests[26] = image_digests[2]
+    split = make_split_column(30, train=slice(0, 20), validation=slice(20, 25), test=slice(25, 30))
     labels = Labels.from_class_names(["abc"[i % 3] for i in range(30)])
-    return make_cache(np.arange(90).reshape(30, 3), labels, digests=own, split=split)
+    return make_cache(np.arange(90).reshape(30, 3), labels, digests=image_digests, split=split)
 
 
 def test_a_dataset_selects_the_rows_of_a_split_and_names_them(abc_cache: FeatureCache) -> None:
@@ -97,7 +94,7 @@ def test_a_dataset_leaves_out_listed_rows_copies_and_training_images_of_a_model(
 ) -> None:
     train_rows = EmbeddingDataset.from_cache(abc_cache, split="train")
     test = EmbeddingDataset.from_cache(abc_cache, split="test")
-    assert test.without_copies_of(train_rows).rows.tolist() == [25, 27, 28, 29]
+    assert test.exclude_duplicates_of(train_rows).rows.tolist() == [25, 27, 28, 29]
     assert test.unseen_by(train(abc_cache, "centroid")).rows.tolist() == [25, 27, 28, 29]
     assert test.without(np.array([28])).rows.tolist() == [25, 26, 27, 29]
     (tmp_path / "bad.csv").write_text("path\n025.jpg\n003.jpg\n")
@@ -115,11 +112,11 @@ def test_a_dataset_is_encoded_in_the_classes_of_another(abc_cache: FeatureCache)
 
 
 def test_labels_and_targets_are_aligned_by_column(make_cache: Any) -> None:
-    several = make_cache(np.zeros((3, 2)), Labels.from_label_sets([{"a"}, {"a", "c"}, set()]))
-    aligned = EmbeddingDataset.from_cache(several).aligned_to(("c", "b", "a"))
+    multilabel_cache = make_cache(np.zeros((3, 2)), Labels.from_label_sets([{"a"}, {"a", "c"}, set()]))
+    aligned = EmbeddingDataset.from_cache(multilabel_cache).aligned_to(("c", "b", "a"))
     assert aligned.y.tolist() == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
-    targets = make_cache(np.zeros((2, 2)), Labels.from_targets([[1.0, 2.0], [3.0, 4.0]], ["x", "y"]))
-    dataset = EmbeddingDataset.from_cache(targets)
+    target_cache = make_cache(np.zeros((2, 2)), Labels.from_targets([[1.0, 2.0], [3.0, 4.0]], ["x", "y"]))
+    dataset = EmbeddingDataset.from_cache(target_cache)
     assert dataset.aligned_to(("y",)).y.tolist() == [2.0, 4.0]
     assert dataset.aligned_to(("y", "x")).y.tolist() == [[2.0, 1.0], [4.0, 3.0]]
     with pytest.raises(ConfigError, match="'z'"):
@@ -139,9 +136,9 @@ def test_datasets_with_the_same_classes_are_joined(abc_cache: FeatureCache) -> N
 
 def test_a_dataset_counts_copies_once_and_leaves_out_classes_without_a_code(make_cache: Any) -> None:
     codes = np.array([0, 0, 1, 2, 2, 2])
-    own = digests(6).copy()
-    own[1], own[5] = own[0], own[3]
-    cache = make_cache(blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]), digests=own)
+    image_digests = digests(6).copy()
+    image_digests[1], image_digests[5] = image_digests[0], image_digests[3]
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]), digests=image_digests)
     dataset = EmbeddingDataset.from_cache(cache)
     assert dataset.first_occurrences.tolist() == [0, 2, 3, 4]
     assert dataset.count_images().tolist() == [1, 1, 2]
@@ -151,7 +148,7 @@ def test_a_dataset_counts_copies_once_and_leaves_out_classes_without_a_code(make
     assert np.array_equal(recoded.features, cache.X[recoded.rows])
 
 
-def test_a_subset_of_a_dataset_is_of_the_smallest_keys(abc_cache: FeatureCache) -> None:
+def test_a_subset_of_a_dataset_has_the_smallest_keys(abc_cache: FeatureCache) -> None:
     dataset = EmbeddingDataset.from_cache(abc_cache)
     keys = splits.compute_keys(abc_cache.digests, SplitSeed.NOVELTY)
     expected = np.sort(np.argsort(keys)[:10]).tolist()
@@ -172,24 +169,21 @@ def test_each_purpose_of_a_split_has_its_own_seed() -> None:
     }
 
 
-# -- which rows ------------------------------------------------------------------------------------------------------
-
-
 def test_bad_and_unlabelled_rows_and_those_of_other_splits_are_left_out(make_cache: Any) -> None:
     codes = np.arange(24) % 3
-    X = blobs(codes)
+    X = make_blobs(codes)
     status = np.zeros(24, np.uint8)
     status[[2, 7]] = Status.DAMAGED, Status.MISSING
     X[[2, 7]] = np.nan
     names = [None if i in (4, 9) else "abc"[c] for i, c in enumerate(codes)]
-    marks = marked(24, train=slice(0, 18), test=slice(18, 24))
+    marks = make_split_column(24, train=slice(0, 18), test=slice(18, 24))
     cache = make_cache(X, Labels.from_class_names(names), status=status, split=marks)
-    rows = load_training_data(cache)
+    dataset = load_training_data(cache)
     expected = [i for i in range(18) if i not in (2, 4, 7, 9)]
-    assert rows.rows.tolist() == expected
-    assert [rows.classes[code] for code in rows.y] == [names[i] for i in expected]
-    assert np.array_equal(rows.X, X[expected])
-    assert np.array_equal(rows.digests, digests(24)[expected])
+    assert dataset.rows.tolist() == expected
+    assert [dataset.classes[code] for code in dataset.y] == [names[i] for i in expected]
+    assert np.array_equal(dataset.X, X[expected])
+    assert np.array_equal(dataset.digests, digests(24)[expected])
     model = train(cache, tune=False)
     oracle = heads.build("logistic").fit(X[expected], codes[expected])
     assert np.array_equal(model.predict_proba_features(X[18:]), oracle.predict_proba(X[18:]))
@@ -206,26 +200,30 @@ def test_bad_and_unlabelled_rows_and_those_of_other_splits_are_left_out(make_cac
 
 def test_classes_without_training_rows_leave_the_others_aligned(make_cache: Any) -> None:
     codes = np.arange(40) % 5
-    X = blobs(codes, spread=0.1)
-    marks = marked(40, train=np.isin(codes, (1, 2, 4)), test=np.isin(codes, (0, 3)))
+    X = make_blobs(codes, spread=0.1)
+    marks = make_split_column(40, train=np.isin(codes, (1, 2, 4)), test=np.isin(codes, (0, 3)))
     cache = make_cache(X, Labels.from_class_names(["vwxyz"[c] for c in codes]), split=marks)
     model = train(cache, cv=2, tune=False)
     assert model.classes == ("w", "x", "z")
-    fitted = np.flatnonzero(np.isin(codes, (1, 2, 4)))
-    assert model.predict_features(X[fitted]).tolist() == ["vwxyz"[c] for c in codes[fitted]]
+    training_rows = np.flatnonzero(np.isin(codes, (1, 2, 4)))
+    assert model.predict_features(X[training_rows]).tolist() == ["vwxyz"[c] for c in codes[training_rows]]
     assert model.predict_proba_features(X).shape == (40, 3)
 
 
-def test_a_model_knows_exactly_its_training_images(make_cache: Any) -> None:
+def test_a_model_records_exactly_its_training_images(make_cache: Any) -> None:
     codes = np.arange(20) % 2
-    own = digests(20).copy()
-    own[2] = own[0]
-    marks = marked(20, train=slice(0, 12))
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks, digests=own)
+    image_digests = digests(20).copy()
+    image_digests[2] = image_digests[0]
+    marks = make_split_column(20, train=slice(0, 12))
+    cache = make_cache(
+        make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks, digests=image_digests
+    )
     model = train(cache)
-    assert model.was_trained_on(own).tolist() == [True] * 12 + [False] * 8
+    assert model.was_trained_on(image_digests).tolist() == [True] * 12 + [False] * 8
     assert len(model.trained_on) == 11
-    assert {row.tobytes() for row in model.trained_on} == {row[:STORED_DIGEST_BYTES].tobytes() for row in own[:12]}
+    assert {row.tobytes() for row in model.trained_on} == {
+        row[:STORED_DIGEST_BYTES].tobytes() for row in image_digests[:12]
+    }
 
 
 def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
@@ -237,21 +235,20 @@ def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
     with logged_warning("1 of 19 images have no features"):
         cache = extract(folder, backbone=tiny, cache=tmp_path / "cache")
     model = train(cache)
-    trained = {path for path in folder.rglob("*.jpg") if path.name != "stray.jpg" and path != folder / "bee/01.jpg"}
-    known = {hashlib.sha256(path.read_bytes()).digest()[:STORED_DIGEST_BYTES] for path in trained}
-    assert {row.tobytes() for row in model.trained_on} == known
+    training_paths = {
+        path for path in folder.rglob("*.jpg") if path.name != "stray.jpg" and path != folder / "bee/01.jpg"
+    }
+    training_digests = {hashlib.sha256(path.read_bytes()).digest()[:STORED_DIGEST_BYTES] for path in training_paths}
+    assert {row.tobytes() for row in model.trained_on} == training_digests
     assert index(folder).ids == cache.ids
 
 
-# -- the estimate ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("head", "params"), [("logistic", {"C": 0.3}), ("linear", {"epochs": 3})])
-def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
+def test_the_cross_validated_score_equals_that_of_an_explicit_loop(
     head: str, params: dict[str, Any], make_cache: Any
 ) -> None:
     codes = np.random.default_rng(1).integers(0, 4, 90)
-    X, names = blobs(codes, spread=2.5), ["dcba"[c] for c in codes]
+    X, names = make_blobs(codes, spread=2.5), ["dcba"[c] for c in codes]
     cache = make_cache(X, Labels.from_class_names(names))
     model = train(cache, head, cv=3, params=params, random_state=7)
     probabilities = np.zeros((90, 4))
@@ -264,22 +261,19 @@ def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
     assert estimate["how"] == {"kind": "folds", "folds": 3, "n": 90}
 
 
-def test_copies_of_an_image_never_lie_on_both_sides_of_a_fold(make_cache: Any) -> None:
+def test_copies_of_an_image_are_never_on_both_sides_of_a_fold(make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     codes, X = np.repeat(rng.integers(0, 2, 60), 2), np.repeat(rng.normal(size=(60, 40)), 2, axis=0)
     names = ["ab"[c] for c in codes]
     cache = make_cache(X, Labels.from_class_names(names), digests=np.repeat(digests(60), 2, axis=0))
     accuracy = train(cache, cv=4, params={"C": 100}).scores["cross_validation"]["metrics"]["accuracy"]["value"]
-    assert accuracy < 0.7  # labels are random: whoever saw the copy would know them
+    assert accuracy < 0.7  # labels are random: only a copy in training could reveal them
 
 
 def test_without_folds_there_is_no_estimate(make_cache: Any) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     assert train(cache, tune=False).scores == train(cache, cv=0, tune=False).scores == {}
-
-
-# -- other tasks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
@@ -301,11 +295,14 @@ def test_a_regression_is_trained_and_estimated(head: str, targets: int, make_cac
 
 
 @pytest.mark.parametrize("head", ["logistic", "linear"])
-def test_several_labels_an_image_are_trained_and_estimated(head: str, make_cache: Any) -> None:
+def test_a_multilabel_model_is_trained_and_estimated(head: str, make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 5)).astype(np.float32)
     Y = (X[:, :3] > 0.3).astype(int)
-    sets = [None if i == 5 else {name for name, on in zip("pqr", row, strict=True) if on} for i, row in enumerate(Y)]
+    sets = [
+        None if i == 5 else {name for name, has_label in zip("pqr", row, strict=True) if has_label}
+        for i, row in enumerate(Y)
+    ]
     cache = make_cache(X, Labels.from_label_sets(sets))
     model = train(cache, head, cv=3, tune=False)
     rows = np.delete(np.arange(60), 5)
@@ -316,9 +313,9 @@ def test_several_labels_an_image_are_trained_and_estimated(head: str, make_cache
     assert model.scores["cross_validation"]["metrics"]["mean_average_precision"]["value"] > 0.6
 
 
-def test_weights_of_classes_are_given_by_name(make_cache: Any) -> None:
+def test_class_weights_are_given_by_class_name(make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 60)
-    X = blobs(codes, spread=3)
+    X = make_blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     model = train(cache, params={"class_weight": {"b": 5.0}}, tune=False)
     oracle = heads.build("logistic", params={"class_weight": {1: 5.0}}).fit(X, codes)
@@ -327,10 +324,7 @@ def test_weights_of_classes_are_given_by_name(make_cache: Any) -> None:
         train(cache, params={"class_weight": {"d": 5.0}})
 
 
-# -- what cannot be trained on ---------------------------------------------------------------------------------------
-
-
-def refused(error: type[Exception], match: str, cache: FeatureCache, *args: Any, **settings: Any) -> None:
+def assert_train_refuses(error: type[Exception], match: str, cache: FeatureCache, *args: Any, **settings: Any) -> None:
     with pytest.raises(error, match=match) as caught:
         train(cache, *args, **settings)
     assert "\n" not in str(caught.value)
@@ -339,66 +333,75 @@ def refused(error: type[Exception], match: str, cache: FeatureCache, *args: Any,
 
 def test_a_cache_that_cannot_be_trained_on_is_refused_with_the_remedy(make_cache: Any) -> None:
     codes = np.arange(12) % 2
-    X, names = blobs(codes), ["ab"[c] for c in codes]
-    refused(CacheError, r"made\.h5: has no labels; extract again with --labels", make_cache(X, Labels.unlabeled(12)))
-    refused(ConfigError, "all training rows are of class 'a'", make_cache(X, Labels.from_class_names(["a"] * 12)))
-    refused(CacheError, "no row is labelled", make_cache(X, Labels.from_class_names([None] * 12, ["a", "b"])))
-    marks = marked(12, test=slice(0, 12))
-    refused(CacheError, "marked for training", make_cache(X, Labels.from_class_names(names), split=marks))
+    X, names = make_blobs(codes), ["ab"[c] for c in codes]
+    assert_train_refuses(
+        CacheError, r"rows\.h5: has no labels; extract again with --labels", make_cache(X, Labels.unlabeled(12))
+    )
+    assert_train_refuses(
+        ConfigError, "all training rows are of class 'a'", make_cache(X, Labels.from_class_names(["a"] * 12))
+    )
+    assert_train_refuses(
+        CacheError, "no row is labelled", make_cache(X, Labels.from_class_names([None] * 12, ["a", "b"]))
+    )
+    marks = make_split_column(12, test=slice(0, 12))
+    assert_train_refuses(CacheError, "marked for training", make_cache(X, Labels.from_class_names(names), split=marks))
     bad = np.full(12, Status.DAMAGED, np.uint8)
-    refused(CacheError, "readable", make_cache(np.full_like(X, np.nan), Labels.from_class_names(names), status=bad))
+    assert_train_refuses(
+        CacheError, "readable", make_cache(np.full_like(X, np.nan), Labels.from_class_names(names), status=bad)
+    )
     maps = make_cache(X.reshape(12, 5, 1, 1), Labels.from_class_names(names))
-    refused(ConfigError, r"feature maps of shape \(5, 1, 1\); heads train on pooled outputs: extract with", maps)
+    assert_train_refuses(
+        ConfigError, r"feature maps of shape \(5, 1, 1\); heads train on pooled outputs: extract with", maps
+    )
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name(make_cache: Any) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    refused(ConfigError, "unknown head 'logistc'; did you mean 'logistic'", cache, "logistc")
-    refused(ConfigError, "no setting 'hiden', did you mean 'hidden'", cache, "mlp", params={"hiden": 3})
-    refused(ConfigError, "unknown output 'poold'; did you mean 'pooled'", cache, output="poold")
-    refused(ConfigError, "C", cache, params={"C": -1})
-    refused(ConfigError, "folds", cache, cv=1)
-    numbers = make_cache(blobs(codes), Labels.from_targets(np.arange(12.0), ["t"]))
-    refused(ConfigError, "head 'logistic' supports classification and multilabel, not regression", numbers)
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    assert_train_refuses(ConfigError, "unknown head 'logistc'; did you mean 'logistic'", cache, "logistc")
+    assert_train_refuses(ConfigError, "no setting 'hiden', did you mean 'hidden'", cache, "mlp", params={"hiden": 3})
+    assert_train_refuses(ConfigError, "unknown output 'poold'; did you mean 'pooled'", cache, output="poold")
+    assert_train_refuses(ConfigError, "C", cache, params={"C": -1})
+    assert_train_refuses(ConfigError, "folds", cache, cv=1)
+    numbers = make_cache(make_blobs(codes), Labels.from_targets(np.arange(12.0), ["t"]))
+    assert_train_refuses(ConfigError, "head 'logistic' supports classification and multilabel, not regression", numbers)
 
 
 def test_a_class_with_fewer_images_than_folds_is_named(make_cache: Any) -> None:
     codes = np.array([0] * 6 + [1] * 6 + [2])
-    cache = make_cache(blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]))
-    refused(ConfigError, "class 'c' has 1 distinct image, fewer than 5 folds", cache, cv=5)
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]))
+    assert_train_refuses(ConfigError, "class 'c' has 1 distinct image, fewer than 5 folds", cache, cv=5)
     assert train(cache).classes == ("a", "b", "c")
 
 
-def test_data_that_a_head_refuses_is_an_error_of_one_line(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_head_is_reported_in_one_line(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
 
     def refuse(*_: object) -> None:
         raise ValueError("too few rows\nto hold some out")
 
     monkeypatch.setattr("featpipe.heads.logistic.estimator.SoftmaxRegression.fit", refuse)
-    refused(ConfigError, r"made\.h5: head 'logistic' cannot be fitted: too few rows to hold some out", cache)
+    assert_train_refuses(
+        ConfigError, r"rows\.h5: head 'logistic' cannot be fitted: too few rows to hold some out", cache
+    )
 
 
-# -- what is chosen --------------------------------------------------------------------------------------------------
-
-
-def noisy(n: int = 150, d: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two classes told apart by one column of many: a weak penalty overfits."""
+def make_noisy_rows(n: int = 150, d: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes that differ in one of many columns, so that a weak penalty overfits."""
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(n, d)).astype(np.float32)
     return X, (X[:, 0] + rng.normal(size=n) > 0).astype(int)
 
 
-def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make_cache: Any, log: list[str]) -> None:
-    X, codes = noisy()
+def test_the_strength_of_logistic_is_selected_on_inner_folds_unless_it_is_set(make_cache: Any, log: list[str]) -> None:
+    X, codes = make_noisy_rows()
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     model = train(cache)
     chosen = model.history["chosen"]
     assert len(chosen["tried"]) == 45
-    assert [one["settings"]["C"] for one in chosen["tried"]] == np.logspace(-6, 5, 45).tolist()
-    best = max(chosen["tried"], key=lambda one: one["score"])
+    assert [candidate["settings"]["C"] for candidate in chosen["tried"]] == np.logspace(-6, 5, 45).tolist()
+    best = max(chosen["tried"], key=lambda candidate: candidate["score"])
     assert chosen["settings"] == best["settings"] == {"C": model.head["head"].C}
     assert best["settings"]["C"] < 0.5
     assert any("C=" in text and "log_loss" in text and "5 inner folds" in text for text in log)
@@ -406,8 +409,8 @@ def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make
     assert train(cache, tune=False).head["head"].C == 1.0
 
 
-def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: Any) -> None:
-    X, codes = noisy(n=90)
+def test_the_scores_of_the_path_equal_those_of_an_explicit_loop(make_cache: Any) -> None:
+    X, codes = make_noisy_rows(n=90)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     candidates = train(cache, metric="log_loss").history["chosen"]["tried"]
     for position in (8, 20, 30):
@@ -419,12 +422,14 @@ def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: 
         assert candidates[position]["score"] == pytest.approx(-np.mean(losses), rel=0.02)
 
 
-def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
-    X, codes = noisy()
+def test_one_standard_error_selects_a_stronger_penalty(make_cache: Any) -> None:
+    X, codes = make_noisy_rows()
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     best, simpler = train(cache).head["head"].C, train(cache, one_standard_error=True).head["head"].C
     assert simpler < best
-    refused(ConfigError, "one_standard_error is for the strength C", cache, "mlp", one_standard_error=True)
+    assert_train_refuses(
+        ConfigError, "one_standard_error is for the search of C", cache, "mlp", one_standard_error=True
+    )
 
 
 @pytest.mark.parametrize(("head", "grid"), [
@@ -432,7 +437,7 @@ def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
     ("logistic", {"C": (1e-3, 100.0)}), ("sklearn.tree.DecisionTreeClassifier", {"max_depth": (1, 20)}),
 ])  # fmt: skip
 def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, make_cache: Any) -> None:
-    X, codes = noisy()
+    X, codes = make_noisy_rows()
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     model = train(cache, head, grid=grid)
     (key, values) = next(iter(grid.items()))
@@ -448,25 +453,29 @@ def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, 
 
 
 def test_tuning_a_head_without_a_default_grid_is_refused_with_the_remedy(make_cache: Any) -> None:
-    X, codes = noisy(n=40)
+    X, codes = make_noisy_rows(n=40)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    refused(ConfigError, "say what to try: --grid", cache, "sklearn.tree.DecisionTreeClassifier", tune=True)
-    refused(ConfigError, "unknown metric 'acuracy'; did you mean 'accuracy'", cache, metric="acuracy")
+    assert_train_refuses(
+        ConfigError, "give the values to try: --grid", cache, "sklearn.tree.DecisionTreeClassifier", tune=True
+    )
+    assert_train_refuses(ConfigError, "unknown metric 'acuracy'; did you mean 'accuracy'", cache, metric="acuracy")
 
 
 def test_settings_are_searched_again_in_each_fold_without_its_held_out_rows(make_cache: Any, monkeypatch: Any) -> None:
-    X, codes = noisy(n=60)
+    X, codes = make_noisy_rows(n=60)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    seen: list[int] = []
-    inner = search.make_inner_folds
+    row_counts: list[int] = []
+    make_inner_folds = search.make_inner_folds
     monkeypatch.setattr(search, "C_GRID", search.C_GRID[::9])
-    monkeypatch.setattr(search, "make_inner_folds", lambda dataset: seen.append(len(dataset)) or inner(dataset))
+    monkeypatch.setattr(
+        search, "make_inner_folds", lambda dataset: row_counts.append(len(dataset)) or make_inner_folds(dataset)
+    )
     train(cache, cv=3)
-    assert sorted(seen) == [40, 40, 40, 60]
+    assert sorted(row_counts) == [40, 40, 40, 60]
 
 
-def test_random_labels_score_at_chance_although_settings_were_searched(make_cache: Any) -> None:
-    """Forty columns of noise: whoever reports the score that a setting was chosen by is above chance."""
+def test_random_labels_score_at_chance_level_after_a_search_of_settings(make_cache: Any) -> None:
+    """Forty columns of noise: the score by which a setting was selected would be above chance."""
     rng = np.random.default_rng(3)
     X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
@@ -474,50 +483,49 @@ def test_random_labels_score_at_chance_although_settings_were_searched(make_cach
     assert estimate["low"] < 0.5
 
 
-# -- classes of unequal size, groups, times --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["over", "under", "smote"])
-def test_rows_are_resampled_within_each_fold_alone(how: str, make_cache: Any) -> None:
+@pytest.mark.parametrize("method", ["over", "under", "smote"])
+def test_rows_are_resampled_only_within_each_fold(method: str, make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     codes = (rng.random(120) < 0.15).astype(int)
-    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
     plain, balanced = (
         train(cache, cv=3, params={"C": 1.0}, balance=balance).scores["cross_validation"]["per_class"][1]["recall"]
-        for balance in (None, how)
+        for balance in (None, method)
     )
     assert balanced > plain
-    assert train(cache, balance=how, params={"C": 1.0}, cv=3).scores["cross_validation"]["n"] == 120
+    assert train(cache, balance=method, params={"C": 1.0}, cv=3).scores["cross_validation"]["n"] == 120
 
 
-def test_probabilities_are_corrected_for_another_mix_of_classes(make_cache: Any) -> None:
+def test_probabilities_are_corrected_for_another_class_prior(make_cache: Any) -> None:
     codes = np.arange(90) % 3
-    X = blobs(codes, spread=3)
+    X = make_blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     plain, rare = train(cache, tune=False), train(cache, tune=False, prior={"c": 0.01})
     expected = plain.predict_proba_features(X) * [0.495 * 3, 0.495 * 3, 0.03]
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(rare.predict_proba_features(X), expected, rtol=1e-9)
     assert np.count_nonzero(rare.predict_features(X) == "c") < np.count_nonzero(plain.predict_features(X) == "c")
-    refused(ConfigError, "not one of the 3 classes", cache, prior={"d": 0.5})
+    assert_train_refuses(ConfigError, "not among the 3 classes", cache, prior={"d": 0.5})
 
 
 def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
-    """Labels are random by group, and the group is written into the features: whoever saw the group would know them."""
+    """Labels are random by group, and features reveal the group: only its rows in training could reveal the label."""
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 5)
     codes = rng.integers(0, 2, 30)[group]
     X = np.eye(30)[group] + 0.01 * rng.normal(size=(150, 30))
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    apart, together = (train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group))
-    assert apart["metrics"]["accuracy"]["value"] > 0.99
-    assert together["metrics"]["accuracy"]["value"] < 0.75
-    assert together["how"]["groups"] == 30
+    ungrouped, grouped = (
+        train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group)
+    )
+    assert ungrouped["metrics"]["accuracy"]["value"] > 0.99
+    assert grouped["metrics"]["accuracy"]["value"] < 0.75
+    assert grouped["how"]["groups"] == 30
 
 
 def test_folds_by_time_are_scored_on_later_images(make_cache: Any) -> None:
     codes = np.arange(120) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     estimate = train(cache, cv=3, tune=False, times=np.arange(120.0)).scores["cross_validation"]
     assert estimate["n"] == 90
     assert estimate["how"] == {"kind": "time_spans", "folds": 3, "n": 90, "n_rows": 120}
@@ -530,31 +538,31 @@ def test_folds_by_time_are_scored_on_later_images(make_cache: Any) -> None:
         ("ridge", np.datetime64("2024-01-01") + np.arange(120), "2024-03-31"),
     ],
 )
-def test_since_makes_one_split_that_is_scored_on_later_images(
+def test_since_makes_a_single_split_that_is_scored_on_later_images(
     head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = np.random.default_rng(0).integers(0, 2, 120)
-    X = blobs(codes, spread=0.1)
+    X = make_blobs(codes, spread=0.1)
     codes[90:] = 1 - codes[90:]
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    fitted: list[int] = []
+    row_counts: list[int] = []
     for module in ("featpipe.training.cross_validation", "featpipe.training.train"):
         monkeypatch.setattr(
             import_module(module),
             "fit_head",
-            lambda config, dataset: (fitted.append(len(dataset)), fit_head(config, dataset))[1],
+            lambda config, dataset: (row_counts.append(len(dataset)), fit_head(config, dataset))[1],
         )
     model = train(cache, head=head, times=times, since=since, tune=False)
     estimate = model.scores["cross_validation"]
-    # What came later has its classes exchanged: whoever has seen none of it is always wrong.
-    assert (estimate["n"], estimate["metrics"]["accuracy"]["value"], fitted) == (30, 0.0, [90, 120])
+    # Later rows have exchanged classes, so a head that was not fitted on them is always wrong.
+    assert (estimate["n"], estimate["metrics"]["accuracy"]["value"], row_counts) == (30, 0.0, [90, 120])
     assert (estimate["how"]["kind"], estimate["how"]["n"]) == ("since", 30)
 
 
-def test_a_time_that_splits_nothing_is_refused(make_cache: Any) -> None:
+def test_an_invalid_cutoff_time_is_refused(make_cache: Any) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    with pytest.raises(ConfigError, match="since is '2024' without times"):
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    with pytest.raises(ConfigError, match="since is '2024', but the images have no times"):
         train(cache, since="2024")
     with pytest.raises(ConfigError, match="since is 'May', but the times are numbers"):
         train(cache, times=np.arange(40.0), since="May")
@@ -562,30 +570,27 @@ def test_a_time_that_splits_nothing_is_refused(make_cache: Any) -> None:
         train(cache, times=np.arange(40.0), since=77)
 
 
-def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: Any) -> None:
+def test_groups_on_both_sides_of_a_given_split_are_named(make_cache: Any) -> None:
     codes, marks = np.arange(40) % 2, np.array([1, 1, 1, 3, 2] * 8, np.uint8)
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks)
-    honest = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
-    assert train(cache, cv=2, tune=False, groups=honest).scores["cross_validation"]["how"]["groups"] == 5
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks)
+    consistent_groups = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
+    assert train(cache, cv=2, tune=False, groups=consistent_groups).scores["cross_validation"]["how"]["groups"] == 5
     with pytest.raises(ConfigError, match=r"8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
         train(cache, groups=np.arange(40) // 5)
 
 
 def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     (tmp_path / "visits.csv").write_text("path,patient\n" + "".join(f"{i:03}.jpg,p{i // 4}\n" for i in range(40)))
     estimate = train(cache, cv=3, tune=False, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
     assert estimate["how"]["groups"] == 10
 
 
-# -- probabilities ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", ["svm", "ridge"])
 def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(150) % 3
-    X = blobs(codes, spread=3)
+    X = make_blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     model = train(cache, head, cv=3)
     probabilities = model.predict_proba_features(X)
@@ -595,12 +600,12 @@ def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make
     assert estimate["metrics"]["log_loss"]["value"] < 1.0
     assert estimate["calibration"]["error_after"] < 0.15
     assert train(cache, head).calibration is not None
-    reread = load_model(model.save(tmp_path / "a.model"))
-    assert np.array_equal(reread.predict_proba_features(X), probabilities)
+    loaded = load_model(model.save(tmp_path / "a.model"))
+    assert np.array_equal(loaded.predict_proba_features(X), probabilities)
 
 
 def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> None:
-    X, codes = noisy(n=200)
+    X, codes = make_noisy_rows(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     plain = train(cache, params={"C": 1e4}, cv=5)
     model = train(cache, params={"C": 1e4}, cv=5, calibrate=True)
@@ -611,124 +616,122 @@ def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> 
     assert (model.predict_features(X) == plain.predict_features(X)).all()
 
 
-# -- several heads ---------------------------------------------------------------------------------------------------
-
-
-def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_cache: Any) -> None:
+def test_heads_are_compared_on_the_same_folds_and_the_best_is_selected(make_cache: Any) -> None:
     codes = np.arange(90) % 3
-    cache = make_cache(blobs(codes, spread=2.5), Labels.from_class_names(["abc"[c] for c in codes]))
-    estimate = compare(cache, ["centroid", "knn", "ridge"], cv=3)
-    assert {row.head for row in estimate.rows} == {"centroid", "knn", "ridge"}
-    assert [row.score for row in estimate.rows] == sorted((row.score for row in estimate.rows), reverse=True)
-    assert estimate.model.head_name == estimate.rows[0].head
-    for row in estimate.rows:
-        alone = train(cache, row.head, cv=3).scores["cross_validation"]
-        assert alone["metrics"]["accuracy"]["value"] == row.score
-        assert alone["spread"] == row.spread == pytest.approx(np.std(alone["by_fold"], ddof=1))
+    cache = make_cache(make_blobs(codes, spread=2.5), Labels.from_class_names(["abc"[c] for c in codes]))
+    comparison = compare(cache, ["centroid", "knn", "ridge"], cv=3)
+    assert {row.head for row in comparison.rows} == {"centroid", "knn", "ridge"}
+    assert [row.score for row in comparison.rows] == sorted((row.score for row in comparison.rows), reverse=True)
+    assert comparison.model.head_name == comparison.rows[0].head
+    for row in comparison.rows:
+        expected = train(cache, row.head, cv=3).scores["cross_validation"]
+        assert expected["metrics"]["accuracy"]["value"] == row.score
+        assert expected["spread"] == row.spread == pytest.approx(np.std(expected["by_fold"], ddof=1))
         assert row.seconds_to_fit > 0
         assert row.seconds_to_predict > 0
         assert row.bytes > 100
         assert {"balanced_accuracy", "macro_f1"} <= row.scores.keys()
-    assert [row["head"] for row in estimate.model.scores["comparison"]] == [row.head for row in estimate.rows]
+    assert [row["head"] for row in comparison.model.scores["comparison"]] == [row.head for row in comparison.rows]
 
 
 def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 5))
     cache = make_cache(X, Labels.from_targets(X @ rng.normal(size=5), ["size"]))
-    estimate = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
-    assert {row.head for row in estimate.rows} == set(heads.list_heads("regression"))
-    assert estimate.rows[0].metric == "r2" or estimate.rows[0].metric in estimate.rows[0].scores
+    comparison = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
+    assert {row.head for row in comparison.rows} == set(heads.list_heads("regression"))
+    assert comparison.rows[0].metric == "r2" or comparison.rows[0].metric in comparison.rows[0].scores
     with pytest.raises(ConfigError, match="2 folds or more"):
         compare(cache, cv=0)
-
-
-# -- more rows than memory -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", ["ridge", "lda", "centroid", "logistic"])
 def test_streamed_rows_give_the_same_model(head: str, make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 200)
-    X = blobs(codes, spread=2.5)
+    X = make_blobs(codes, spread=2.5)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
-    whole, streamed = (train(cache, head, cv=3, tune=False, memory=memory) for memory in (None, 0))
-    assert not whole.history["streamed"]
+    in_memory, streamed = (train(cache, head, cv=3, tune=False, memory=memory) for memory in (None, 0))
+    assert not in_memory.history["streamed"]
     assert streamed.history["streamed"]
-    np.testing.assert_allclose(streamed.predict_proba_features(X), whole.predict_proba_features(X), atol=2e-4)
-    value, other = (model.scores["cross_validation"]["metrics"]["accuracy"]["value"] for model in (whole, streamed))
-    assert value == pytest.approx(other, abs=0.01)
+    np.testing.assert_allclose(streamed.predict_proba_features(X), in_memory.predict_proba_features(X), atol=2e-4)
+    expected, actual = (
+        model.scores["cross_validation"]["metrics"]["accuracy"]["value"] for model in (in_memory, streamed)
+    )
+    assert expected == pytest.approx(actual, abs=0.01)
 
 
 def test_the_strength_is_searched_on_a_subset_of_streamed_rows(make_cache: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("featpipe.training.search.MAX_TUNING_ROWS", 100)
-    X, codes = noisy(n=200)
+    X, codes = make_noisy_rows(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
     assert (chosen["how"]["n"], chosen["how"]["scaled_to"]) == (100, 200)
-    best = max(chosen["tried"], key=lambda one: one["score"])
+    best = max(chosen["tried"], key=lambda candidate: candidate["score"])
     assert chosen["settings"]["C"] == pytest.approx(best["settings"]["C"] / 2)
 
 
 def test_heads_that_need_all_rows_in_memory_are_refused(make_cache: Any) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    refused(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
-    refused(ConfigError, "balance=smote needs all rows in memory", cache, memory=0, balance="smote")
+    cache = make_cache(make_blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
+    assert_train_refuses(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
+    assert_train_refuses(ConfigError, "balance=smote needs all rows in memory", cache, memory=0, balance="smote")
 
 
-@pytest.mark.parametrize("how", ["over", "under"])
-def test_streamed_rows_are_balanced_by_weights(how: str, make_cache: Any) -> None:
+@pytest.mark.parametrize("method", ["over", "under"])
+def test_streamed_rows_are_balanced_by_sample_weights(method: str, make_cache: Any) -> None:
     codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
-    X = blobs(codes, spread=3)
+    X = make_blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    streamed = train(cache, params={"C": 1.0}, balance=how, memory=0)
-    drawn = draw_row_indices(codes, how, 0)
-    seen = np.unique(drawn)  # what the scaler sees: all rows, or those that are left
-    scaler = StandardScaler().fit(X[seen])
-    oracle = heads.SoftmaxRegression(1.0).fit(scaler.transform(X[drawn]), codes[drawn])
-    estimate = streamed.predict_proba_features(X)
-    np.testing.assert_allclose(estimate, oracle.predict_proba(scaler.transform(X)), atol=1e-4)
+    streamed = train(cache, params={"C": 1.0}, balance=method, memory=0)
+    drawn_rows = draw_row_indices(codes, method, 0)
+    scaled_rows = np.unique(drawn_rows)  # the scaler is fitted to each drawn row once
+    scaler = StandardScaler().fit(X[scaled_rows])
+    oracle = heads.SoftmaxRegression(1.0).fit(scaler.transform(X[drawn_rows]), codes[drawn_rows])
+    probabilities = streamed.predict_proba_features(X)
+    np.testing.assert_allclose(probabilities, oracle.predict_proba(scaler.transform(X)), atol=1e-4)
 
 
 def test_a_balanced_head_may_stop_early(make_cache: Any) -> None:
     codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
-    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
+    cache = make_cache(make_blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3}, balance="smote")
     assert len(model.history["curves"]["validation_curve"]) == 3
 
 
 def test_embeddings_that_are_not_finite_are_refused_with_their_ids(make_cache: Any) -> None:
     codes = np.arange(40) % 2
-    X = blobs(codes)
+    X = make_blobs(codes)
     X[[3, 7], 2] = np.nan, np.inf
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     for memory in (None, 0):
-        refused(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, memory=memory)
-        refused(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
+        assert_train_refuses(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, memory=memory)
+        assert_train_refuses(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
 
 
 def test_early_stopping_validates_on_other_images(make_cache: Any, monkeypatch: Any) -> None:
     codes = np.repeat(np.arange(60) % 2, 2)
-    own = np.repeat(digests(60), 2, axis=0)
-    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]), digests=own)
-    seen: list[Any] = []
-    fit = heads.MLPClassifier.fit
+    image_digests = np.repeat(digests(60), 2, axis=0)
+    cache = make_cache(
+        make_blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]), digests=image_digests
+    )
+    row_counts: list[Any] = []
+    original_fit = heads.MLPClassifier.fit
 
-    def spied(self: Any, X: Any, y: Any, sample_weight: Any = None, validation: Any = None) -> Any:
-        seen.append((len(X), len(validation[0])))
-        return fit(self, X, y, sample_weight, validation)
+    def record_fit(self: Any, X: Any, y: Any, sample_weight: Any = None, validation: Any = None) -> Any:
+        row_counts.append((len(X), len(validation[0])))
+        return original_fit(self, X, y, sample_weight, validation)
 
-    monkeypatch.setattr(heads.MLPClassifier, "fit", spied)
+    monkeypatch.setattr(heads.MLPClassifier, "fit", record_fit)
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3, "validation_fraction": 0.2})
-    ((fitted, watched),) = seen
-    fit_rows, held_out = splits.make_holdout(own, codes, test=0.2, seed=2)
-    assert (fitted, watched) == (len(fit_rows), len(held_out))
+    ((fitted, validated),) = row_counts
+    fit_rows, held_out = splits.make_holdout(image_digests, codes, test=0.2, seed=2)
+    assert (fitted, validated) == (len(fit_rows), len(held_out))
     assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
 
 
 @pytest.mark.parametrize("n", [0, 1, 500])
-def test_the_images_of_a_model_are_the_distinct_ones_in_order(n: int) -> None:
+def test_training_digests_are_distinct_and_sorted(n: int) -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 2, (n, 16), np.uint8) * rng.integers(0, 256, (1, 16), np.uint8)
     rows = np.concatenate([rows, rows[: n // 2]])
-    np.testing.assert_array_equal(_unique_digests(rows), np.unique(rows, axis=0))
+    np.testing.assert_array_equal(_find_distinct_digests(rows), np.unique(rows, axis=0))

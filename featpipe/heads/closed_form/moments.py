@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,18 +92,9 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         if not np.array_equal(self.shift, other.shift):
-            raise ValueError("moments of different shifts cannot be added")
-        return Moments(
-            self.rows + other.rows,
-            self.weight + other.weight,
-            self.x + other.x,
-            self.gram + other.gram,
-            self.y + other.y,
-            self.cross + other.cross,
-            self.shift,
-            self.unweighted_sum + other.unweighted_sum,
-            self.unweighted_square_sum + other.unweighted_square_sum,
-        )
+            raise ValueError("moments with different shifts cannot be added; compute both with the same shift")
+        sums = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "shift"}
+        return replace(self, **sums)
 
     def standardize(self, center: Array, scale: Array) -> Moments:
         """The moments of (x - center) / scale, with shift 0."""
@@ -178,7 +169,7 @@ def compute_moments(
         squares = np.einsum("ij,ij->j", x, x)
         block_weights = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
         if n_classes is not None:
-            target_sum, cross = _class_sums(x, targets[rows], block_weights, n_classes)
+            target_sum, cross = _sum_by_class(x, targets[rows], block_weights, n_classes)
         else:
             weighted_targets: NDArray[Any] = targets[rows].astype(x.dtype) * block_weights[:, None]
             target_sum, cross = weighted_targets.sum(axis=0), x.T @ weighted_targets
@@ -219,7 +210,7 @@ class _ReadBuffers(threading.local):
         return convert_float(stored_rows, float_rows.dtype, float_rows)
 
 
-def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
+def _sum_by_class(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
     """Σ w y and Σ w x yᵀ for class codes: the weighted sum of the rows of each class.
 
     A sparse product costs the same for any number of classes. Blocks are short enough that float32 sums stay accurate.

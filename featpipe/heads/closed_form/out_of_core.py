@@ -89,7 +89,7 @@ def fit_streamed(
 
 def _reject_sample_weight(head: Any, weights: Array | None) -> None:
     if weights is not None:
-        raise ConfigError(f"{type(head).__name__} does not support sample weights")
+        raise ConfigError(f"{type(head).__name__} does not support sample weights; leave them out")
 
 
 def _fit_ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
@@ -102,7 +102,9 @@ def _fit_lda(
 ) -> None:
     _reject_sample_weight(head, weights)
     if head.solver != "lsqr" or head.covariance_estimator is not None:
-        raise ConfigError("a streamed fit of lda needs solver=lsqr and no covariance_estimator")
+        raise ConfigError(
+            "a streamed fit of lda needs solver=lsqr and no covariance_estimator; change them, or fit in memory"
+        )
     classes, codes = np.unique(y, return_inverse=True)
     standardized_moments = standardize_moments(scaler, compute_moments(source, codes, n_classes=len(classes)))
     covariance = None
@@ -114,13 +116,15 @@ def _fit_lda(
             else np.asarray(head.priors, np.float64)
         )
         covariance = sum(
-            prior * _class_covariance(head.shrinkage, source, np.flatnonzero(codes == code), center, scale)
+            prior * _compute_class_covariance(head.shrinkage, source, np.flatnonzero(codes == code), center, scale)
             for code, prior in enumerate(priors)
         )
     fit_lda_from_moments(head, standardized_moments, classes, covariance)
 
 
-def _class_covariance(shrinkage: Any, source: Any, rows: NDArray[np.intp], center: Array, scale: Array) -> Array:
+def _compute_class_covariance(
+    shrinkage: Any, source: Any, rows: NDArray[np.intp], center: Array, scale: Array
+) -> Array:
     """The covariance of one class, whose rows must fit into memory."""
     class_rows = np.asarray(source[rows], np.float64)
     if shrinkage == "auto":
@@ -136,7 +140,7 @@ def _fit_nearest_centroid(
 ) -> None:
     _reject_sample_weight(head, weights)
     if head.metric != "euclidean":
-        raise ConfigError(f"centroid is streamed with metric=euclidean, not {head.metric!r}")
+        raise ConfigError(f"a streamed fit of centroid needs metric=euclidean, not {head.metric!r}")
     classes, codes = np.unique(y, return_inverse=True)
     fit_centroid_from_moments(
         head,

@@ -44,7 +44,7 @@ def standardize_moments(scaler: StandardScaler | str, moments: Moments) -> Momen
 
 
 def get_center_and_scale(scaler: StandardScaler | str, n_features: int) -> tuple[Array, Array]:
-    """The offset and divisor of a fitted scaler, zeros and ones for a passthrough."""
+    """The center and scale of a fitted scaler; zeros and ones for a passthrough."""
     center, scale = np.zeros(n_features), np.ones(n_features)
     if isinstance(scaler, StandardScaler):
         return scaler.mean_ if scaler.with_mean else center, scaler.scale_ if scaler.with_std else scale
@@ -277,7 +277,9 @@ class BayesianRidgeClassifier(RidgeClassifier):
     def check_params(self) -> None:
         """Raise ValueError for settings out of range."""
         if isinstance(self.alpha, str) and (self.alpha != "auto" or self.positive or not self.fit_intercept):
-            raise ValueError(f"alpha is {self.alpha!r}; give a number, or auto, with an intercept and not positive")
+            raise ValueError(
+                f"alpha is {self.alpha!r}; give a number, or auto with fit_intercept=True and positive=False"
+            )
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Fit to classes.
@@ -298,7 +300,7 @@ class BayesianRidgeClassifier(RidgeClassifier):
         y = y[has_weight]
         weights = None if sample_weight is None else np.asarray(sample_weight)[has_weight]
         if (y == y[0]).all():
-            raise ValueError(f"y holds one class only ({str(y[0])!r}); a classifier needs two or more")
+            raise ValueError(f"y holds only one class ({str(y[0])!r}); a classifier needs two or more")
         fit_ridge_classifier(self, "passthrough", X, y, weights)
         self.n_iter_ = 1
         return self

@@ -85,7 +85,7 @@ class SufficientStatistics:
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         if self.kind != other.kind or not np.array_equal(self.shift, other.shift):
-            raise ValueError("statistics of different kinds or shifts cannot be added")
+            raise ValueError("statistics of different kinds or shifts cannot be added; compute both with the same")
         between = np.zeros_like(self.scatter_matrix)
         if self.kind == "apart":  # scatter between the two means of a class that both contain
             shared = np.flatnonzero((self.counts > 0) & (other.counts > 0))
@@ -205,21 +205,14 @@ class SufficientStatistics:
         if any(
             sums_by_name[name].shape != shape for name, shape in expected_shapes.items()
         ) or constant_variances.shape != (d,):
-            raise ValueError("statistics are of different shapes")
+            raise ValueError("statistics have different shapes")
         if triangle.shape != (size * (size + 1) // 2,) or (sums_by_name["counts"] < 0).any():
-            raise ValueError("statistics are of different shapes, or a count is negative")
+            raise ValueError("statistics have different shapes, or a count is negative")
         scatter_matrix = np.zeros((size, size))
         scatter_matrix[np.tril_indices(size)] = triangle
         scatter_matrix += np.tril(scatter_matrix, -1).T
-        return cls(
-            kind,
-            sums_by_name["counts"],
-            sums_by_name["sums"],
-            sums_by_name["squares"],
-            sums_by_name["shift"],
-            scatter_matrix,
-            constant_variances,
-        )
+        counts, sums, squares, shift = (sums_by_name[name] for name in ("counts", "sums", "squares", "shift"))
+        return cls(kind, counts, sums, squares, shift, scatter_matrix, constant_variances)
 
 
 def find_statistics_kind(pipeline: Any) -> tuple[StatisticsKind, bool]:
@@ -317,7 +310,7 @@ def fit_from_statistics(pipeline: Pipeline, statistics: SufficientStatistics) ->
     """
     scaler, head = pipeline[0], pipeline[-1]
     if (kind := find_statistics_kind(pipeline)[0]) != statistics.kind:
-        raise ValueError(f"{type(head).__name__} takes statistics of kind {kind}, not {statistics.kind}")
+        raise ValueError(f"{type(head).__name__} needs statistics of kind {kind}, not {statistics.kind}")
     if not statistics.counts.all():
         raise ValueError(f"class {int(statistics.counts.argmin())} has no rows")
     classes = np.arange(len(statistics.counts))

@@ -126,7 +126,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
             check_bool(name, getattr(self, name))
         if isinstance(self.scoring, str):
             check_choice("scoring", self.scoring, get_scorer_names())
-        self._head(1.0).check_params()
+        self._make_head(1.0).check_params()
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Select C and fit W and b.
@@ -157,7 +157,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         best_index = select_best_C(self.scores_, self.one_standard_error)
         self.C_ = float(self.Cs_[best_index])
         if self.refit:
-            head = self._head(self.C_).set_params(tol=1e-8, max_iter=2000).fit(X, y, sample_weight=weights)
+            head = self._make_head(self.C_).set_params(tol=1e-8, max_iter=2000).fit(X, y, sample_weight=weights)
             self.coef_, self.intercept_ = head.coef_, head.intercept_
         else:
             theta = np.mean(
@@ -166,7 +166,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
             self.coef_, self.intercept_ = theta[:, :-1], theta[:, -1]
         return self
 
-    def _head(self, C: float) -> SoftmaxRegression:
+    def _make_head(self, C: float) -> SoftmaxRegression:
         return SoftmaxRegression(
             C,
             fit_intercept=self.fit_intercept,
@@ -195,7 +195,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         train, test = split
         targets = encode_targets(y[train], weights[train], self.class_weight, self.multilabel_)
         class_positions = np.searchsorted(classes, targets.classes)
-        head = self._head(1.0)
+        head = self._make_head(1.0)
         head.classes_, head.multilabel_, head.n_features_in_ = classes, self.multilabel_, X.shape[1]
         scorer = None if self.scoring is None else get_scorer(self.scoring)
         held_out = np.asarray(_select_rows(X, test), np.float64), y[test]

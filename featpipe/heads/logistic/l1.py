@@ -118,19 +118,19 @@ class _L1Search:
         excess = np.maximum(abs_gradient - self.l1_strength, 0)
         # Dual feasibility needs residuals that sum to zero; this is the first-order correction for their sum.
         intercept_terms = (theta[:, -1] * point.gradient[:, -1]).reshape(n_groups, -1).sum(axis=1)
-        unscaled_gaps = primal - self._group_entropies(theta, np.ones(n_groups)) - intercept_terms
+        unscaled_gaps = primal - self._compute_group_entropies(theta, np.ones(n_groups)) - intercept_terms
         if not scale_dual:
             gaps = unscaled_gaps + (excess * np.abs(W).reshape(n_groups, -1)).sum(axis=1)
         else:
             dual_scales = np.minimum(1, self.l1_strength / np.maximum(abs_gradient.max(axis=1), 1e-300))
-            gaps = primal - self._group_entropies(theta, dual_scales) - dual_scales * intercept_terms
+            gaps = primal - self._compute_group_entropies(theta, dual_scales) - dual_scales * intercept_terms
             if problem.ridge > 0:
                 gaps = np.minimum(gaps, unscaled_gaps + (excess**2).sum(axis=1) / (2 * problem.ridge))
         if problem.fit_intercept:
             gaps += problem.intercept_decrements(point, np.float64)
         return np.maximum(gaps, 0) / np.maximum(primal, 1e-300)
 
-    def _group_entropies(self, theta: Array, dual_scales: Array) -> Array:
+    def _compute_group_entropies(self, theta: Array, dual_scales: Array) -> Array:
         """Σ w_i H(q_i) of each group, where q interpolates between targets and probabilities."""
         problem = self.problem
 

@@ -130,7 +130,7 @@ class LogisticProblem:
         return theta
 
     def initial_loss(self) -> float:
-        """Σ w_i loss_i of the softmax at `start`, without a pass."""
+        """Σ w_i loss_i of the softmax at `initial_theta`, without a pass over the rows."""
         totals = np.bincount(self.Y, self.weights, self.k)
         scores = self.initial_theta()[:, -1]
         return float(totals.sum() * np.logaddexp.reduce(scores) - totals @ scores)
@@ -141,10 +141,10 @@ class LogisticProblem:
 
         def evaluate_block(block: slice) -> tuple[Array, NDArray[Any], NDArray[Any]]:
             x = self.read_rows(block, dtype)
-            scores = _product(x, W.T)
+            scores = _multiply(x, W.T)
             scores += b
-            losses = self._losses_to_residuals(scores, block)
-            return losses, _product(scores.T, x), scores.sum(axis=0)
+            losses = self._replace_scores_by_residuals(scores, block)
+            return losses, _multiply(scores.T, x), scores.sum(axis=0)
 
         losses, gradient = np.zeros(self.groups), np.zeros((self.k, self.d + 1))
         for block_losses, block_gradient_W, block_gradient_b in self.workers.map(evaluate_block, self.row_blocks()):
@@ -154,7 +154,7 @@ class LogisticProblem:
         gradient[:, :-1] += self.ridge * theta[:, :-1]
         if not self.fit_intercept:
             gradient[:, -1] = 0.0
-        return Point(theta, losses, losses + self._penalties(theta), gradient)
+        return Point(theta, losses, losses + self._compute_penalties(theta), gradient)
 
     def with_ridge(self, ridge: float, point: Point) -> tuple[LogisticProblem, Point]:
         """The problem with another penalty, and a point converted to it without a pass over the rows."""
@@ -162,23 +162,23 @@ class LogisticProblem:
         gradient = point.gradient.copy()
         gradient[:, :-1] += (ridge - self.ridge) * W
         problem = replace(self, ridge=ridge)
-        return problem, replace(point, values=point.losses + problem._penalties(point.theta), gradient=gradient)
+        return problem, replace(point, values=point.losses + problem._compute_penalties(point.theta), gradient=gradient)
 
-    def _penalties(self, theta: Array) -> Array:
+    def _compute_penalties(self, theta: Array) -> Array:
         squares = np.einsum("kd,kd->k", theta[:, :-1], theta[:, :-1])
         penalties: Array = 0.5 * self.ridge * squares.reshape(self.groups, -1).sum(axis=1)
         return penalties
 
     def probabilities(self, theta: Array, x: NDArray[Any]) -> NDArray[Any]:
         """Probabilities of shape (b, k) for rows from `read_rows`."""
-        scores = _product(x, np.asarray(theta[:, :-1].T, x.dtype))
+        scores = _multiply(x, np.asarray(theta[:, :-1].T, x.dtype))
         scores += np.asarray(theta[:, -1], x.dtype)
         if self.link == "softmax":
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=1, keepdims=True)
             return scores
-        return _sigmoid(scores)[0]
+        return _compute_sigmoid(scores)[0]
 
     def intercept_curvature(self, theta: Array, dtype: Any) -> Array:
         """Hessian in b: (1, k, k) for the softmax, (k, 1, 1) for sigmoids."""
@@ -205,13 +205,13 @@ class LogisticProblem:
         block_rows = min(block_rows, max(MIN_ROWS_PER_BLOCK, -(-self.n // MIN_BLOCKS)))
         return (slice(start, min(start + block_rows, self.n)) for start in range(0, self.n, block_rows))
 
-    def _losses_to_residuals(self, scores: NDArray[Any], block: slice) -> Array:
+    def _replace_scores_by_residuals(self, scores: NDArray[Any], block: slice) -> Array:
         """Σ w_i loss_i of each group; the scores (b, k) become w_i (p_i - y_i) in place."""
         weights, Y = self.weights[block], self.Y[block]
         if self.link == "sigmoid":
             signs = (1 - 2 * Y).astype(scores.dtype)
             scores *= signs
-            p, exponentials = _sigmoid(scores)
+            p, exponentials = _compute_sigmoid(scores)
             losses = np.log1p(exponentials, out=exponentials)
             losses += np.maximum(scores, 0)
             np.multiply(p * signs, weights, out=scores, casting="same_kind")
@@ -236,7 +236,7 @@ class LogisticProblem:
         return np.array([weights @ losses])
 
 
-def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+def _multiply(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     """``a @ b`` of finite numbers, without the warning "invalid value".
 
     BLAS may set the processor's flag because it reads memory beside a small matrix.
@@ -246,7 +246,7 @@ def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def _sigmoid(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _compute_sigmoid(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Probabilities, and exp(-|score|)."""
     exponentials = np.exp(-np.abs(scores))
     p = np.where(scores >= 0, scores.dtype.type(1), exponentials)
@@ -273,7 +273,9 @@ def get_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {name!r}, which is not available ({' '.join(str(error).split())[:100]})") from None
+        raise ValueError(
+            f"device is {name!r}, which is not available ({' '.join(str(error).split())[:100]}); give cpu or auto"
+        ) from None
     return device
 
 
@@ -293,7 +295,7 @@ class DeviceProblem(LogisticProblem):
         import torch
 
         torch_dtype = torch.float32 if np.dtype(dtype) == np.float32 else torch.float64
-        X = self._device_rows(dtype)
+        X = self._move_rows_to_device(dtype)
         Y, weights = (torch.tensor(array, device=self.device) for array in (self.Y, self.weights))
         W = torch.as_tensor(theta[:, :-1], dtype=torch_dtype, device=self.device)
         b = torch.as_tensor(theta[:, -1], dtype=torch_dtype, device=self.device)
@@ -302,16 +304,18 @@ class DeviceProblem(LogisticProblem):
         for start in range(0, self.n, DEVICE_BLOCK_ROWS):
             block = slice(start, start + DEVICE_BLOCK_ROWS)
             scores = torch.addmm(b, X[block], W.T)
-            losses += self._residuals(scores, Y[block], weights[block])
+            losses += self._replace_tensor_by_residuals(scores, Y[block], weights[block])
             gradient[:, :-1] += scores.T @ X[block]
             gradient[:, -1] += scores.sum(dim=0)
         group_losses, gradient_array = losses.cpu().numpy(), gradient.cpu().numpy()
         gradient_array[:, :-1] += self.ridge * theta[:, :-1]
         if not self.fit_intercept:
             gradient_array[:, -1] = 0.0
-        return Point(theta, group_losses, group_losses + self._penalties(theta), gradient_array)
+        return Point(theta, group_losses, group_losses + self._compute_penalties(theta), gradient_array)
 
-    def _residuals(self, scores: torch.Tensor, Y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _replace_tensor_by_residuals(
+        self, scores: torch.Tensor, Y: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Σ w_i loss_i of each group; the scores become w_i (p_i - y_i) in place."""
         import torch
 
@@ -336,7 +340,7 @@ class DeviceProblem(LogisticProblem):
         scores.scatter_(1, target_columns, -other_exp * row_factors)
         return (losses[:, 0] * weights).sum(dtype=torch.float64)[None]
 
-    def _device_rows(self, dtype: Any) -> torch.Tensor:
+    def _move_rows_to_device(self, dtype: Any) -> torch.Tensor:
         """All rows on the device, moved once."""
         import torch
 

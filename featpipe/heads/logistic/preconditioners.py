@@ -104,7 +104,7 @@ class WeightedGram:
             x = problem.read_rows(selection, dtype)
             p = problem.probabilities(theta, x)
             weights = problem.weights[selection].reshape(len(x), -1)
-            root = np.sqrt((weights * _curvatures(problem, p, selection)).mean(axis=1)).astype(dtype)
+            root = np.sqrt((weights * _compute_curvatures(problem, p, selection)).mean(axis=1)).astype(dtype)
             scaled = np.empty((len(x), d + 1), dtype)
             np.multiply(x, root[:, None], out=scaled[:, :-1])
             scaled[:, -1] = root if problem.fit_intercept else 0
@@ -138,7 +138,7 @@ class WeightedGram:
         return GramPreconditioner(np.eye(len(hessian)), scale)
 
 
-def _curvatures(problem: LogisticProblem, p: NDArray[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
+def _compute_curvatures(problem: LogisticProblem, p: NDArray[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
     """p(1 - p), or the residual |p - y| where that is larger.
 
     For a calibrated model both have the same expectation. A row that is misclassified with certainty has no curvature
@@ -223,7 +223,7 @@ class BlockPreconditioner:
             gram = x.T @ x
             gram *= 1 - BLOCK_SHRINKAGE
             gram += shared_gram * np.float32(totals[c] * n / len(candidates))
-            return _cholesky_factor(gram, ridge)
+            return _factorize_cholesky(gram, ridge)
 
         return cls(list(problem.workers.map(factorize_class, range(k))), problem.link == "softmax")
 
@@ -244,7 +244,7 @@ class BlockPreconditioner:
         return replace(self, factors=[self.factors[group] for group in groups])
 
 
-def _cholesky_factor(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -> NDArray[np.float32]:
+def _factorize_cholesky(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -> NDArray[np.float32]:
     diagonal = np.arange(len(ridge))
     hessian[diagonal, diagonal] += ridge
     max_diagonal = np.float32(hessian[diagonal, diagonal].max())

@@ -154,7 +154,6 @@ def _find_warm_start(problem: LogisticProblem) -> Point | None:
 
 
 def _is_row_space_cheaper(problem: LogisticProblem) -> bool:
-    """Whether there are fewer rows than columns, and few enough for their inner products to be cheap."""
     return problem.n < problem.d and problem.n <= MAX_ROW_SPACE_ROWS_PER_CLASS * (problem.k + 9)
 
 

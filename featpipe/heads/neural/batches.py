@@ -130,7 +130,6 @@ class BatchSource:
         return _RowBuffer(torch.from_numpy(data), buffer_rows, torch.arange(len(self)))
 
     def _read_all(self) -> NDArray[Any]:
-        """Read all rows into memory, block by block."""
         data = np.empty((len(self), self.width), self.source.dtype)
         self._read_runs(data, self._find_runs(range(self._block_count)))
         return data
@@ -213,7 +212,7 @@ class BatchSource:
                 yield self._make_batch(buffer, selected)
             return
         rows_ahead = size * max(PREFETCHED_VALUES // (size * self.width), 1)
-        outputs = self._output_pair(min(rows_ahead, len(order)))
+        outputs = self._get_output_buffers(min(rows_ahead, len(order)))
         selected = order.split(rows_ahead)
         large_batches = prefetch(
             lambda index: self._make_batch(buffer, selected[index], outputs[index % 2]), range(len(selected))
@@ -221,7 +220,7 @@ class BatchSource:
         for large_batch in large_batches:
             yield from large_batch.split(size)
 
-    def _output_pair(self, rows: int) -> list[torch.Tensor]:
+    def _get_output_buffers(self, rows: int) -> list[torch.Tensor]:
         import torch
 
         if not self._output_buffers or len(self._output_buffers[0]) < rows:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from featpipe.config import check_bool, check_choice, check_integer, check_number
-
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("cosine", "constant", "linear", "step", "one-cycle")
+from featpipe.config import HEAD_OPTIMIZERS, HEAD_SCHEDULES, check_bool, check_choice, check_integer, check_number
 
 LEARNING_RATE_TIMES_WIDTH, MIN_LEARNING_RATE, MAX_LEARNING_RATE = 0.5, 1e-3, 0.05
 
@@ -69,13 +66,13 @@ class NetworkTrainingConfig:
 
     def check(self) -> None:
         """Raise ValueError for settings out of range."""
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, HEAD_OPTIMIZERS)
         if self.learning_rate != "auto":
             check_number("learning_rate", self.learning_rate, above=0)
         check_number("weight_decay", self.weight_decay, minimum=0)
         check_number("l1", self.l1, minimum=0)
         check_number("momentum", self.momentum, minimum=0, below=1)
-        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("schedule", self.schedule, HEAD_SCHEDULES)
         check_number("warmup", self.warmup, minimum=0, below=1)
         check_integer("batch_size", self.batch_size, minimum=1)
         check_integer("epochs", self.epochs, minimum=1)

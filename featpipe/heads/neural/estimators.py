@@ -87,7 +87,7 @@ class _TorchHead(BaseEstimator):
     def check_params(self) -> None:
         """Raise ValueError for settings out of range."""
         self.check()
-        for width in self._hidden_widths():
+        for width in self._get_hidden_widths():
             check_integer("hidden", width, minimum=1)
 
     def fit(
@@ -116,12 +116,12 @@ class _TorchHead(BaseEstimator):
             self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C", y_numeric=isinstance(self, RegressorMixin)
         )
         if validation is not None:
-            X_validation, *others = _unpack_validation(validation)
+            X_validation, *targets_and_weights = _unpack_validation(validation)
             X_validation = validate_data(self, X_validation, reset=False, dtype=FEATURE_DTYPES, order="C")
-            validation = (X_validation, *others)
+            validation = (X_validation, *targets_and_weights)
         return self._fit_rows(X, y, weights, validation=validation)
 
-    def _hidden_widths(self) -> tuple[Any, ...]:
+    def _get_hidden_widths(self) -> tuple[Any, ...]:
         hidden = getattr(self, "hidden", ())
         return tuple(hidden) if isinstance(hidden, Sequence | np.ndarray) else (hidden,)
 
@@ -149,7 +149,7 @@ class _TorchHead(BaseEstimator):
         result = train_network(
             training_rows.to_source(training=True, **scaling),
             None if validation_rows is None else validation_rows.to_source(training=False, **scaling),
-            architecture=NetworkArchitecture((n_inputs, *self._hidden_widths(), n_outputs), **network_settings),
+            architecture=NetworkArchitecture((n_inputs, *self._get_hidden_widths(), n_outputs), **network_settings),
             loss_fn=objective,
             config=self,
             seed=int(rng.randint(2**31 - 1)),
@@ -184,7 +184,7 @@ class _TorchHead(BaseEstimator):
 
 def _unpack_validation(validation: ValidationData) -> tuple[Any, Any, Any]:
     if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
-        raise ValueError("validation must be a pair (X, y), or a triple with sample weights")
+        raise ValueError("validation must be a pair (X, y), or a triple (X, y, sample_weight)")
     X, y, *weights = validation
     return X, y, weights[0] if weights else None
 
@@ -193,7 +193,7 @@ def _check_targets(y: Any, n_rows: int, source_name: str) -> NDArray[Any]:
     y = check_array(y, ensure_2d=False, dtype=None, accept_sparse="csr", input_name="y")
     y = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
     if len(y) != n_rows:
-        raise ValueError(f"{source_name} has {n_rows} rows of X and {len(y)} of y; expected as many of both")
+        raise ValueError(f"{source_name} has {n_rows} rows of X and {len(y)} of y; give as many of both")
     return y
 
 
@@ -264,7 +264,9 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         if self.sampling is None:
             return None
         if targets.multilabel:
-            raise ValueError("sampling is by class, and y has several labels a row; give class_weight='balanced'")
+            raise ValueError(
+                "sampling draws rows by class, but y has several labels per row; use class_weight='balanced'"
+            )
         return (1 / np.bincount(targets.Y))[Y]
 
     def _make_validation_rows(
@@ -283,14 +285,16 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
             validation_targets = encode_targets(y, weights, self.class_weight, True)
             if len(validation_targets.classes) != len(targets.classes):
                 raise ValueError(
-                    f"validation has {len(validation_targets.classes)} labels a row, "
-                    f"the training data {len(targets.classes)}"
+                    f"validation has {len(validation_targets.classes)} labels per row, "
+                    f"the training data {len(targets.classes)}; give the same labels"
                 )
             return _LabeledRows(X, row_indices, validation_targets.Y, validation_targets.weights)
         codes = np.searchsorted(targets.classes, y).clip(max=len(targets.classes) - 1)
         is_unknown = targets.classes[codes] != y
         if is_unknown.any():
-            raise ValueError(f"validation has the class {y[is_unknown][0]!s}, which no training row has")
+            raise ValueError(
+                f"validation has class {y[is_unknown][0]!s}, which no training row has; leave its rows out"
+            )
         first_rows = np.unique(targets.Y, return_index=True)[1]
         class_weights = targets.weights[first_rows] / training_weights[first_rows]
         return _LabeledRows(
@@ -335,7 +339,10 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
                 X_validation.shape[0], -1
             )
             if y_validation.shape[1] != len(mean):
-                raise ValueError(f"validation has {y_validation.shape[1]} targets a row, the training data {len(mean)}")
+                raise ValueError(
+                    f"validation has {y_validation.shape[1]} targets per row, the training data {len(mean)}; "
+                    "give the same targets"
+                )
             validation_weights = check_sample_weight(validation_weights, len(y_validation))
             validation_indices = np.flatnonzero(validation_weights > 0)
             validation_rows = _LabeledRows(

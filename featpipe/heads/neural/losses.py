@@ -57,7 +57,7 @@ class LossFunction:
         from torch.nn import functional
 
         if self.link == "identity":
-            return self._regression_loss(scores, Y)
+            return self._compute_regression_loss(scores, Y)
         if self.adjustment is not None:
             scores = scores + scores.new_tensor(self.adjustment)
         if self.link == "softmax":
@@ -66,10 +66,10 @@ class LossFunction:
             target = Y * (1 - smoothing) + 0.5 * smoothing if smoothing else Y
             losses = functional.binary_cross_entropy_with_logits(scores, target, reduction="none")
         if self.loss == "focal":
-            losses = losses * (self.focal_gamma * self._log_error_probability(scores, Y)).exp()
+            losses = losses * (self.focal_gamma * self._compute_log_error_probability(scores, Y)).exp()
         return losses
 
-    def _log_error_probability(self, scores: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    def _compute_log_error_probability(self, scores: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         """log(1 - p) of the true class, computed from scores because 1 - p may round to zero."""
         from torch.nn import functional
 
@@ -78,7 +78,7 @@ class LossFunction:
         other_scores = scores.scatter(1, Y[:, None], -np.inf)
         return other_scores.logsumexp(dim=1) - scores.logsumexp(dim=1)
 
-    def _regression_loss(self, predictions: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    def _compute_regression_loss(self, predictions: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
         if self.loss == "huber":

@@ -124,8 +124,6 @@ def _describe_divergence(batches: BatchSource, epoch: int, learning_rate: float)
 
 @dataclass(frozen=True, eq=False)
 class _BatchAugmentation:
-    """Noise on features, and mixup."""
-
     config: NetworkTrainingConfig
     generator: torch.Generator
     rng: np.random.Generator
@@ -164,8 +162,6 @@ def _evaluate(network: Network, loss_fn: LossFunction, batches: BatchSource) -> 
 
 @dataclass(eq=False)
 class _TrainingHistory:
-    """The losses so far, and the best weights."""
-
     network: Network
     config: NetworkTrainingConfig
     losses: list[float] = field(default_factory=list)
@@ -311,7 +307,9 @@ ONE_CYCLE_WARMUP_FRACTION, ONE_CYCLE_INITIAL_DIVISOR, ONE_CYCLE_FINAL_DIVISOR = 
 def make_schedule(config: NetworkTrainingConfig, max_learning_rate: float, n_steps: int) -> Callable[[int], float]:
     """The learning rate as a function of the step, from 0 to ``n_steps`` - 1."""
     if config.schedule == "one-cycle":
-        return _one_cycle(max_learning_rate, (config.warmup or ONE_CYCLE_WARMUP_FRACTION) * n_steps - 1, n_steps - 1)
+        return _make_one_cycle_schedule(
+            max_learning_rate, (config.warmup or ONE_CYCLE_WARMUP_FRACTION) * n_steps - 1, n_steps - 1
+        )
     warmup_steps = config.warmup * n_steps
 
     def learning_rate(step: int) -> float:
@@ -329,7 +327,7 @@ def make_schedule(config: NetworkTrainingConfig, max_learning_rate: float, n_ste
     return learning_rate
 
 
-def _one_cycle(max_learning_rate: float, peak_step: float, last_step: float) -> Callable[[int], float]:
+def _make_one_cycle_schedule(max_learning_rate: float, peak_step: float, last_step: float) -> Callable[[int], float]:
     initial_rate = max_learning_rate / ONE_CYCLE_INITIAL_DIVISOR
     final_rate = max_learning_rate / ONE_CYCLE_FINAL_DIVISOR
 

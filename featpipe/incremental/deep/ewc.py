@@ -78,9 +78,9 @@ def compute_importances(
     missing_names = [n for n in list_trained_parameters(context, backbone, layers) if n not in importances]
     if missing_names:
         raise ConfigError(
-            f"ewc with --unfreeze {context.tuning.unfreeze}: the model keeps no importances of {len(missing_names)} of "
-            f"the weights ({missing_names[0].removeprefix(BACKBONE_PREFIX)}); unfreeze less, or give old images of "
-            "each class too"
+            f"ewc with --unfreeze {context.tuning.unfreeze}: the model retains no importances of "
+            f"{len(missing_names)} weights ({missing_names[0].removeprefix(BACKBONE_PREFIX)}); unfreeze less, or give "
+            "old images of each class too"
         )
     return importances
 
@@ -118,7 +118,7 @@ def compute_network_importances(
 def list_trained_parameters(context: FineTuneContext, backbone: Backbone, layers: HeadLayers) -> list[str]:
     """Names of all trained parameters, as `Trainer.trained_parameters` has them."""
     network_names = select_unfrozen(backbone, str(context.tuning.unfreeze)).names
-    return [*_head_parameters(layers), *(BACKBONE_PREFIX + name for name in network_names)]
+    return [*_get_head_parameters(layers), *(BACKBONE_PREFIX + name for name in network_names)]
 
 
 def get_last_layer_name(layers: HeadLayers) -> str:
@@ -139,10 +139,10 @@ def make_ewc_penalty(
     reference is the one nearest to the initial layer.
     """
     initial_parameters = {BACKBONE_PREFIX + name: parameter for name, parameter in network.named_parameters()}
-    initial_parameters |= _head_parameters(initial_layers)
+    initial_parameters |= _get_head_parameters(initial_layers)
     reference = {name: parameter.detach().clone() for name, parameter in initial_parameters.items()}
     last_layer = get_last_layer_name(initial_layers)
-    for name, parameter in _head_parameters(previous_layers).items():
+    for name, parameter in _get_head_parameters(previous_layers).items():
         old_values, initial_values = parameter.detach(), reference[name][: len(parameter)]
         shift = (initial_values - old_values).mean(dim=0) if name.startswith(f"{last_layer}.") else 0.0
         reference[name][: len(parameter)] = old_values + shift
@@ -150,5 +150,5 @@ def make_ewc_penalty(
     return EWCPenalty({name: reference[name] for name in importances}, weighted)
 
 
-def _head_parameters(layers: HeadLayers) -> dict[str, nn.Parameter]:
+def _get_head_parameters(layers: HeadLayers) -> dict[str, nn.Parameter]:
     return {HEAD_PREFIX + name: parameter for name, parameter in layers.to_module().named_parameters()}

@@ -17,9 +17,9 @@ from featpipe.incremental.methods import (
     METHODS,
     REPLAY_DISTILL_STRENGTH,
     compute_weights_and_offsets,
+    explain_missing_last_layer,
+    explain_missing_old_images,
     make_initial_head,
-    missing_last_layer,
-    missing_old_images,
 )
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.model import ReplayMemory
@@ -30,7 +30,7 @@ MIN_IMAGES_FOR_VALIDATION = 3  # of a class, for some of them to be validation i
 UNSUPPORTED_METHODS = {
     "statistics": "uses sums over embeddings, and training the network changes the embeddings",
     "frozen-old": "keeps the old scores bit for bit, and training the network changes them",
-    "all": "compares methods on features, in seconds; choose one, and the table shows its result on features too",
+    "all": "compares methods on features, in seconds; choose a method, and the table shows its result on features too",
 }
 
 
@@ -109,7 +109,7 @@ class DeepMethod:
 def find_missing_requirement(method: str, step: IncrementalStep) -> str | None:
     """Why a method cannot train the network; None if it can."""
     if not len(step.new):
-        return "with --unfreeze learns from new images, and there are none"
+        return "with --unfreeze needs new images, and there are none"
     return DEEP_METHODS[method].missing_requirement(step)
 
 
@@ -175,9 +175,9 @@ def _select_exemplars(step: IncrementalStep) -> EmbeddingDataset:
     return step.old.take(step.select_old_exemplars())
 
 
-def _missing_exemplar_images(step: IncrementalStep) -> str | None:
+def _explain_missing_exemplar_images(step: IncrementalStep) -> str | None:
     """Stored exemplars are embeddings: images are needed."""
-    reason = missing_old_images(step)
+    reason = explain_missing_old_images(step)
     if reason is None:
         return None
     return (
@@ -186,17 +186,17 @@ def _missing_exemplar_images(step: IncrementalStep) -> str | None:
     )
 
 
-def _missing_importances(step: IncrementalStep) -> str | None:
-    if (reason := missing_last_layer(step)) is not None:
+def _explain_missing_importances(step: IncrementalStep) -> str | None:
+    if (reason := explain_missing_last_layer(step)) is not None:
         return reason
     if step.k_old < 2:
         return "with --unfreeze needs two old classes: with one class all importances are zero"
     memory = step.replay_memory
     has_importances = memory is not None and memory.network is not None and memory.importances is not None
-    if has_importances or missing_old_images(step) is None:
+    if has_importances or explain_missing_old_images(step) is None:
         return None
     return (
-        "with --unfreeze needs importances of the network, and the model keeps none: train it with --unfreeze and "
+        "with --unfreeze needs importances of the network, and the model retains none: train it with --unfreeze and "
         "--keep network, or give old images of each class too"
     )
 
@@ -206,11 +206,11 @@ def _fit_on_features(method: str) -> Callable[[IncrementalStep], Pipeline]:
 
 
 DEEP_METHODS: Mapping[str, DeepMethod] = {
-    "joint": DeepMethod(lambda step: step.old, missing_old_images, _fit_on_features("joint")),
+    "joint": DeepMethod(lambda step: step.old, explain_missing_old_images, _fit_on_features("joint")),
     "replay": DeepMethod(
-        _select_exemplars, _missing_exemplar_images, _fit_on_features("replay"), REPLAY_DISTILL_STRENGTH
+        _select_exemplars, _explain_missing_exemplar_images, _fit_on_features("replay"), REPLAY_DISTILL_STRENGTH
     ),
-    "distill": DeepMethod(_select_none, missing_last_layer, _fit_on_features("distill"), DISTILL_STRENGTH),
-    "ewc": DeepMethod(_select_none, _missing_importances, _fit_on_features("ewc")),
-    "naive": DeepMethod(_select_none, missing_last_layer, make_initial_head),
+    "distill": DeepMethod(_select_none, explain_missing_last_layer, _fit_on_features("distill"), DISTILL_STRENGTH),
+    "ewc": DeepMethod(_select_none, _explain_missing_importances, _fit_on_features("ewc")),
+    "naive": DeepMethod(_select_none, explain_missing_last_layer, make_initial_head),
 }

@@ -1,6 +1,6 @@
-"""What keeps a network in training from forgetting the old classes: additions to its loss.
+"""Loss terms that keep a network from forgetting the old classes during training.
 
-Both compare with the old model: distillation with its answers, elastic weight consolidation with its weights.
+Distillation compares with the old model's predictions, elastic weight consolidation with its weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FISHER_BATCH_SIZE = 64
 
 @dataclass(frozen=True, eq=False)
 class DistillationLoss(LossTerm):
-    """The old model's answers on the images as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
+    """The old model's predictions for the images as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
 
     Attributes
     ----------
     teacher_scores : Tensor of shape (n, k_old)
         The old model's logits for each row of the archive; old classes are the first. Rows that are not trained on
-        may hold anything.
+        may hold any values.
     temperature, strength : float
     """
 

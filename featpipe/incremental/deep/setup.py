@@ -55,11 +55,11 @@ class DeepTrainingConfig:
     archives : list of path-like
         All images, test images included.
     labels, cache_folder
-        As `expand` takes them.
+        As for `expand`.
     resume : bool
-        Go on from the checkpoint, if there is one.
+        Resume from the checkpoint, if there is one.
     out : path-like or None
-        Where the model will be saved; the checkpoint lies beside it.
+        Where the model will be saved; the checkpoint is next to it.
     """
 
     finetune_config: FineTuneConfig
@@ -98,7 +98,7 @@ class DeepTrainingConfig:
             )
         if method in UNSUPPORTED_METHODS:
             raise ConfigError(
-                f"{method} {UNSUPPORTED_METHODS[method]}. What works with --unfreeze: {', '.join(DEEP_METHODS)}"
+                f"{method} {UNSUPPORTED_METHODS[method]}. Available with --unfreeze: {', '.join(DEEP_METHODS)}"
             )
         for name in UNSUPPORTED_FINETUNE_FIELDS:
             if name in params:
@@ -216,13 +216,12 @@ def find_rows(cache: FeatureCache, dataset: EmbeddingDataset) -> NDArray[np.int6
 
 
 def _describe_request(context: ExpansionContext, method: str, step: IncrementalStep) -> dict[str, Any]:
-    """What determines the training besides the settings of fine-tuning."""
+    """Everything that determines the training besides the settings of fine-tuning."""
     settings = vars(context.settings)
     return {"method": method, "k_old": step.k_old, "settings": settings, "from": context.model.identity}
 
 
 def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset: ReplayDataset) -> Model:
-    """The model whose head the method fitted on features."""
     model = context.model
     calibration = None if model.calibration is None else Calibration(model.calibration.temperature)
     return replace(
@@ -239,7 +238,6 @@ def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset:
 def _make_splits(
     context: ExpansionContext, replay_dataset: ReplayDataset, cache: FeatureCache, pool_rows: NDArray[np.int64]
 ) -> Splits:
-    """Training, validation and test rows of an archive, and the class codes of all."""
     test_rows, is_train = find_rows(cache, context.data.test), replay_dataset.is_train
     y = np.full(len(cache), -1, np.int64)
     y[test_rows], y[pool_rows] = context.data.test.y, replay_dataset.pool.y

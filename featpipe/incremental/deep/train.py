@@ -1,4 +1,4 @@
-"""Expansion through the network (experimental): a method learns on features, then training goes on in the network.
+"""Expansion through the network (experimental): a method trains on features, then training continues in the network.
 
 The training is `featpipe.finetuning.train_network`, with the loss terms of `featpipe.incremental.deep.regularizers`.
 """
@@ -54,7 +54,7 @@ def expand_network(
         If None, the method that uses most of the available data of old classes.
     deep_config : DeepTrainingConfig
     caches : sequence of str
-        Names of the caches that are learnt from, for the model's history.
+        Names of the caches with the training images, for the model's history.
     request : str
         Digest of the request.
 
@@ -63,7 +63,7 @@ def expand_network(
     ConfigError
         If the method does not train a network, or lacks what it needs.
     KeyboardInterrupt
-        If the work was interrupted; the same call goes on from its checkpoint.
+        If the work was interrupted; the same call resumes it from the checkpoint.
     """
     original_context, context = context, replace(context, data=context.data.with_holdout())
     full_step, started = context.make_step(context.data), perf_counter()
@@ -190,7 +190,7 @@ def _make_curves(trained: TrainedNetwork) -> dict[str, list[Any]]:
 def make_replay_memory(
     setup: TrainingSetup, trained: TrainedNetwork, model: Model, layers: HeadLayers
 ) -> ReplayMemory | None:
-    """What the new model retains: computed from the images at hand, since the network's embeddings have changed."""
+    """The data that the new model retains: from the given images, because the network's embeddings have changed."""
     context, full_step, pool = setup.context, setup.full_step, setup.replay_dataset.pool
     policy = context.resolve_policy(setup.method)
     if context.policy is None and context.model.kept is not None and setup.method == "ewc":
@@ -219,7 +219,7 @@ def make_replay_memory(
 
 
 def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadLayers) -> ParameterImportances | None:
-    """Importances from all images so far: old ones from the images at hand, else as the model retained them."""
+    """Importances from all images: those of old images from the given ones, else as the model retained them."""
     is_old, full_step, initial_head = setup.replay_dataset.is_old, setup.full_step, setup.initial_head
 
     def compute(mask: NDArray[np.bool_]) -> ParameterImportances:
@@ -227,7 +227,7 @@ def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadL
         return compute_network_importances(setup.finetune_context, setup.backbone, network, head, rows)
 
     if setup.importances is None and not is_old.any():
-        logger.info("no importances are kept: those of the old classes are unknown")
+        logger.info("no importances are retained: those of the old classes are unknown")
         return None
     new_importances, old_importances = compute(~is_old), setup.importances or compute(is_old)
     n, m, none = int(full_step.counts.sum()), len(full_step.new), np.zeros((), np.float32)

@@ -11,8 +11,8 @@ from featpipe.incremental.methods.last_layer import make_initial_head, make_old_
 from featpipe.incremental.methods.registry import (
     BIAS_CORRECTED_METHODS,
     METHODS,
-    missing_last_layer,
-    missing_old_images,
+    explain_missing_last_layer,
+    explain_missing_old_images,
 )
 from featpipe.incremental.methods.regularized import DISTILL_STRENGTH
 from featpipe.incremental.methods.replay import REPLAY_DISTILL_STRENGTH, compute_weights_and_offsets
@@ -25,9 +25,9 @@ __all__ = [
     "REPLAY_DISTILL_STRENGTH",
     "compute_margins",
     "compute_weights_and_offsets",
+    "explain_missing_last_layer",
+    "explain_missing_old_images",
     "make_initial_head",
     "make_old_head",
     "make_regrouped_head",
-    "missing_last_layer",
-    "missing_old_images",
 ]

@@ -17,7 +17,7 @@ from featpipe.incremental.methods.last_layer import init_fold_layer, make_expand
 from featpipe.incremental.methods.replay import WeightedEmbeddings, make_old_rows
 from featpipe.incremental.problem import IncrementalStep
 
-N_FOLDS, MIN_ROWS_FOR_FOLDS = 3, 6
+N_OFFSET_FOLDS, MIN_ROWS_FOR_FOLDS = 3, 6
 SLOPE_RIDGE = 1e-3  # keeps the slope finite where old and new rows are separable
 # Lower bound of the slope, in standard deviations of the margin: without it, a margin that carries almost no
 # information sends all rows to the more frequent side.
@@ -72,8 +72,8 @@ def make_fold_masks(n: int) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
     """Training and held-out rows of each fold, as masks of shape (n,); all rows are both if there are too few."""
     if n < MIN_ROWS_FOR_FOLDS:
         return [(np.ones(n, bool), np.ones(n, bool))]
-    folds = np.random.default_rng(0).permutation(n) % N_FOLDS
-    return [(folds != fold, folds == fold) for fold in range(N_FOLDS)]
+    folds = np.random.default_rng(0).permutation(n) % N_OFFSET_FOLDS
+    return [(folds != fold, folds == fold) for fold in range(N_OFFSET_FOLDS)]
 
 
 def fit_bias_correction(

@@ -71,7 +71,7 @@ def make_regrouped_head(step: IncrementalStep) -> Pipeline:
 
 
 def make_expanded_pipeline(step: IncrementalStep, new_layer: LastLayer) -> Pipeline:
-    """The old head as it is, with a layer for the new classes beside it."""
+    """The unchanged old head, with an additional layer for the new classes."""
     head = step.pipeline[-1]
     expanded_head = make_expanded_head(head, step.class_mapping.new_codes, new_layer, int(head.n_features_in_))
     return Pipeline([("scale", step.pipeline[0]), ("head", expanded_head)])

@@ -26,13 +26,13 @@ Requirement = Callable[[IncrementalStep], str | None]  # the reason why a method
 
 @dataclass(frozen=True)
 class ExpansionMethod:
-    """A way for a head to learn more classes.
+    """A method for adding classes to a head.
 
     Attributes
     ----------
     summary : str
     fit : callable
-        From a step, and a function that is called after each epoch, to a fitted pipeline for the classes after.
+        From a step, and a function that is called after each epoch, to a fitted pipeline for all classes.
     missing_requirement : callable
         From a step to the reason why the method is unavailable, None if it is available.
     memory_part : str
@@ -65,82 +65,88 @@ def fit_closed_form(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pi
     return fit_from_statistics(make_closed_form_head(pipeline, statistics.kind), statistics)
 
 
-def missing_last_layer(step: IncrementalStep) -> str | None:
+def explain_missing_last_layer(step: IncrementalStep) -> str | None:
     """For methods that train a last layer."""
     if step.layer is None:
         kind = type(get_base_head(step.pipeline[-1])).__name__
-        return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this one is a {kind}"
-    return missing_new_rows(step)
+        return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this head is a {kind}"
+    return explain_missing_new_rows(step)
 
 
-def missing_new_rows(step: IncrementalStep) -> str | None:
+def explain_missing_new_rows(step: IncrementalStep) -> str | None:
     """For methods that train on new images."""
-    return None if len(step.new) else "learns from new images, and there are none"
+    return None if len(step.new) else "needs new images, and there are none"
 
 
-def missing_new_class(step: IncrementalStep) -> str | None:
+def explain_missing_new_class(step: IncrementalStep) -> str | None:
     """For methods that train new classes only."""
-    return None if step.class_mapping.new_classes else "trains new classes alone, and there are none"
+    return None if step.class_mapping.new_classes else "trains only new classes, and there are none"
 
 
-def missing_old_images(step: IncrementalStep) -> str | None:
+def explain_missing_old_images(step: IncrementalStep) -> str | None:
     """For methods that train on old images: some of each class."""
     missing = np.setdiff1d(np.arange(step.k_old), step.old.y)
     if not len(missing):
         return None
     names = ", ".join(repr(step.class_mapping.classes[code]) for code in missing[:3])
-    return f"needs the images that the model was trained on, and there are none of {names}; give the old cache too"
+    return f"needs old images of every class, and there are none of {names}; give the old cache too"
 
 
-def missing_memory(part: str, keep_option: str) -> Requirement:
+def make_memory_requirement(part: str, keep_option: str) -> Requirement:
     """For methods that use a part of the model's retained data, or old images instead."""
 
     def find_missing(step: IncrementalStep) -> str | None:
         value = getattr(step.replay_memory, part, None)
         if value is not None and (part != "rows" or len(value)):
             return None
-        if missing_old_images(step) is None and (step.has_all_old_rows or part == "rows"):
+        if explain_missing_old_images(step) is None and (step.has_all_old_rows or part == "rows"):
             return None
         return (
-            f"needs {part} of the old classes, and the model keeps none: train it with --keep {keep_option}, "
+            f"needs {part} of the old classes, and the model retains none: train it with --keep {keep_option}, "
             "or give the cache that it was trained on too"
         )
 
     return find_missing
 
 
-def first_missing(*checks: Requirement) -> Requirement:
-    """The first reason of several requirements."""
+def combine_requirements(*checks: Requirement) -> Requirement:
+    """Combine requirements: the first reason counts."""
     return lambda step: next((reason for check in checks if (reason := check(step))), None)
 
 
 METHODS: dict[str, ExpansionMethod] = {
-    "joint": ExpansionMethod("old and new images together, which must be at hand", fit_joint, missing_old_images),
+    "joint": ExpansionMethod(
+        "trains on old and new images together; needs all old images", fit_joint, explain_missing_old_images
+    ),
     "statistics": ExpansionMethod(
-        "closed form from sums over the old rows; lda, ridge and centroid exactly, other heads become ridge",
+        "closed form from sums over the old rows; exact for lda, ridge and centroid, other heads become ridge",
         fit_closed_form,
-        missing_memory("statistics", "statistics"),
+        make_memory_requirement("statistics", "statistics"),
         memory_part="statistics",
     ),
     "replay": ExpansionMethod(
-        "with some embeddings of each old class; any head",
+        "trains on new images and some embeddings of each old class; any head",
         fit_replay,
-        first_missing(missing_new_rows, missing_memory("rows", "rows=20")),
+        combine_requirements(explain_missing_new_rows, make_memory_requirement("rows", "rows=20")),
         memory_part="rows",
     ),
     "frozen-old": ExpansionMethod(
-        "the scores of old classes stay bit for bit; any classifier", fit_frozen_old, missing_new_class
+        "keeps the scores of old classes bit for bit; any classifier", fit_frozen_old, explain_missing_new_class
     ),
     "distill": ExpansionMethod(
-        "the old model's answers on the new images as soft targets", fit_distill, missing_last_layer
+        "trains on new images, with the old model's predictions as soft targets",
+        fit_distill,
+        explain_missing_last_layer,
     ),
     "ewc": ExpansionMethod(
-        "old weights held by their importance",
+        "trains on new images, and penalizes changes of important old weights",
         fit_ewc,
-        first_missing(missing_last_layer, missing_memory("importances", "importances")),
+        combine_requirements(explain_missing_last_layer, make_memory_requirement("importances", "importances")),
         memory_part="importances",
     ),
-    "naive": ExpansionMethod("the new images alone: what forgetting is", fit_naive, missing_last_layer),
+    "naive": ExpansionMethod(
+        "trains on the new images alone: the lower baseline", fit_naive, explain_missing_last_layer
+    ),
 }
-# These train without old rows; an offset between old and new classes is found afterwards.
+# These train without old rows; an offset between old and new classes is fitted afterwards.
 BIAS_CORRECTED_METHODS = ("frozen-old", "distill", "ewc")

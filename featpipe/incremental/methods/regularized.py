@@ -1,4 +1,4 @@
-"""``naive``, ``distill`` and ``ewc``: train the last layer on new rows alone, with more or less against forgetting."""
+"""``naive``, ``distill`` and ``ewc``: train the last layer on new rows alone, without or with regularization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DISTILL_STRENGTH = 20.0
 
 
 def fit_naive(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
-    """Continue training the last layer on new rows, with nothing against forgetting: the lower baseline."""
+    """Continue training the last layer on new rows, without regularization: the lower baseline."""
     Z, y = step.compute_features(step.new.features), step.new.y
     objective = LastLayerObjective(Z, y, np.ones(len(y)), step.ridge)
     layer = fit_last_layer(objective, init_fold_layer(step, Z, y), step.settings.epochs, on_epoch)
@@ -34,7 +34,7 @@ def fit_naive(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline
 
 
 def fit_distill(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
-    """Train on new rows with the old head's answers as soft targets; old weights are pulled to their old values."""
+    """Train on new rows, with the old head's predictions as soft targets and a pull of old weights to their values."""
     strength = DISTILL_STRENGTH if step.settings.strength is None else step.settings.strength
     ridge, quadratic_penalty = make_quadratic_penalty(step)
 
@@ -77,7 +77,7 @@ def make_quadratic_penalty(
 ) -> tuple[Array, QuadraticPenalty]:
     """The head's L2 penalty, which pulls new weights to zero and old ones to their old values.
 
-    Pulled to zero, old weights would be forgotten by the penalty alone, the sooner the fewer new rows there are.
+    A pull to zero would make the head forget old classes by the penalty alone, the faster the fewer new rows there are.
 
     Parameters
     ----------

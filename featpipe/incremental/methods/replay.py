@@ -1,4 +1,4 @@
-"""``replay``: train on new rows and on rows that represent the old ones: exemplars, or rows sampled from statistics."""
+"""``replay``: train on new rows and on rows that represent old ones: exemplars, or rows sampled from statistics."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from featpipe.incremental.problem import IncrementalStep
 from featpipe.training import EmbeddingDataset
 
 MAX_PSEUDO_ROWS_PER_CLASS = 100  # sampled rows of each old class
-REPLAY_DISTILL_STRENGTH = 1.0  # weight of the old head's answers
+REPLAY_DISTILL_STRENGTH = 1.0  # weight of the old head's soft targets
 
 
 def fit_replay(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
-    """Train on exemplars and new rows; classes weigh as if all old rows were there.
+    """Train on exemplars and new rows, weighted so that each class counts as much as all its old rows would.
 
-    The old head's answers on all rows are soft targets, and old weights are pulled to their old values as strongly as
-    by the head's own penalty: both carry what the missing old rows would say.
+    The old head's predictions on all rows are soft targets, and old weights are pulled to their old values as strongly
+    as by the head's own penalty: both replace information of the missing old rows.
     """
     exemplars = select_weighted_exemplars(step)
     if step.layer is None:
