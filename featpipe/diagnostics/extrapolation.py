@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 POWER_LAW_EXPONENTS = np.geomspace(0.05, 2.0, 40)
-N_BOOTSTRAP_RESAMPLES = 500
-CONFIDENCE_LEVEL = 0.95
+N_CURVE_RESAMPLES = 500
+CURVE_CONFIDENCE_LEVEL = 0.95
 
 Floats = NDArray[np.float64]
 
@@ -89,12 +89,12 @@ def extrapolate_learning_curve(
     m = row_errors.shape[1]
     rng = np.random.default_rng(seed)
     resample_counts = np.stack(
-        [np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(N_BOOTSTRAP_RESAMPLES)], axis=1
+        [np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(N_CURVE_RESAMPLES)], axis=1
     )
     resampled_errors = row_errors @ resample_counts / m
     forecast_size = round(size_factor * n[-1])
     expected_error = float(_extrapolate_power_law(n, row_errors.mean(axis=1)[:, None], forecast_size)[0])
-    percentiles = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
+    percentiles = (50 * (1 - CURVE_CONFIDENCE_LEVEL), 50 * (1 + CURVE_CONFIDENCE_LEVEL))
     low, high = np.percentile(_extrapolate_power_law(n, resampled_errors, forecast_size), percentiles)
     lows, highs = np.percentile(resampled_errors, percentiles, axis=1)
     return LearningCurve(

@@ -25,11 +25,11 @@ from featpipe.diagnostics import (
 from featpipe.metrics import METRICS, Scores, score
 from featpipe.training import EmbeddingDataset
 
-N_NEIGHBORS = 10
+N_OUTLIER_NEIGHBORS = 10
 REFERENCE_BLOCK_ROWS = 1 << 15
 MAX_CENTERING_ROWS = 20_000
 MIN_TRAINING_IMAGES_PER_CLASS, MIN_TEST_IMAGES_PER_CLASS = 20, 30
-N_BOOTSTRAP_RESAMPLES = 200  # for the scores without duplicates
+N_SCORE_RESAMPLES = 200  # for the scores without duplicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +58,15 @@ def compute_nearest_neighbors(X: NDArray[np.float32], reference: EmbeddingDatase
         sample = reference.take(np.linspace(0, n - 1, min(n, MAX_CENTERING_ROWS)).astype(int)).features
     normalizer = CenteredNormalizer.from_embeddings(sample)
     rows = normalizer(X)
-    within, within_rows = find_nearest_neighbors(rows, rows, N_NEIGHBORS, exclude_self=True)
+    within, within_rows = find_nearest_neighbors(rows, rows, N_OUTLIER_NEIGHBORS, exclude_self=True)
     if reference is None:
         return NearestNeighbors(within, within_rows, None, None)
     training, training_rows = np.zeros((len(rows), 0), np.float32), np.zeros((len(rows), 0), np.int64)
     for start in range(0, len(reference), REFERENCE_BLOCK_ROWS):
         block = normalizer(np.asarray(reference.X[start : start + REFERENCE_BLOCK_ROWS], np.float32))
-        similarities, indices = find_nearest_neighbors(rows, block, N_NEIGHBORS)
+        similarities, indices = find_nearest_neighbors(rows, block, N_OUTLIER_NEIGHBORS)
         similarities, indices = np.hstack([training, similarities]), np.hstack([training_rows, indices + start])
-        order = np.argsort(-similarities, axis=1, kind="stable")[:, :N_NEIGHBORS]
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :N_OUTLIER_NEIGHBORS]
         training, training_rows = np.take_along_axis(similarities, order, 1), np.take_along_axis(indices, order, 1)
     return NearestNeighbors(within, within_rows, training, training_rows)
 
@@ -146,9 +146,7 @@ def find_duplicates(
     without = None
     if len(training) and len(other_rows):
         predicted = predictions.predicted[other_rows]
-        without = score(
-            predictions.task, truth[other_rows], predicted, predictions.names, bootstrap=N_BOOTSTRAP_RESAMPLES
-        )
+        without = score(predictions.task, truth[other_rows], predicted, predictions.names, bootstrap=N_SCORE_RESAMPLES)
     return Duplicates(n_exact, training, within, without, threshold)
 
 
@@ -248,7 +246,7 @@ def _make_outliers_finding(neighbors: NearestNeighbors, ids: Sequence[str], labe
     return Finding(
         "outliers",
         "Outliers",
-        f"Images least similar to the {origin}, by the mean cosine distance to the {N_NEIGHBORS} nearest: "
+        f"Images least similar to the {origin}, by the mean cosine distance to the {N_OUTLIER_NEIGHBORS} nearest: "
         "check whether they belong in this data set.",
         ("id", "label", "distance"),
         [{"id": ids[i], "label": labels[i], "distance": round(float(distances[i]), 4)} for i in order],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _Connection = Any  # typeshed declares another type for Pipe()
 _Process = subprocess.Popen[bytes]
 
-ROWS_PER_BLOCK = 256  # neighbouring rows go to one process, for nearly sequential reads
+ROWS_PER_ASSIGNMENT = 256  # neighbouring rows go to one process, for nearly sequential reads
 SHUTDOWN_SECONDS = 30.0
 NOT_PICKLABLE = "cannot be sent to another process, which is necessary for several devices; use one device"
 WORKER_CODE = "from featpipe.extraction.multi_device import run_worker_process; run_worker_process()"
@@ -59,8 +59,8 @@ def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device]) 
         If a process died. Committed parts are kept.
     """
     task, rows = worker.task, worker.task.rows
-    device_indices = np.arange(len(rows)) // ROWS_PER_BLOCK % len(devices)
-    if len(rows) < ROWS_PER_BLOCK * len(devices):
+    device_indices = np.arange(len(rows)) // ROWS_PER_ASSIGNMENT % len(devices)
+    if len(rows) < ROWS_PER_ASSIGNMENT * len(devices):
         task, rows = worker.task, worker.task.rows
     device_indices = np.arange(len(rows)) % len(devices)
     n_threads = task.config.workers or max(1, inference.available_cores() // len(devices))

@@ -24,7 +24,7 @@ from featpipe.model import Model
 
 Array = NDArray[np.float64]
 
-_TORCH_HEADS = (LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor)
+_FOLDABLE_TORCH_HEADS = (LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor)
 _ACTIVATION_MODULES = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -137,7 +137,7 @@ def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in
     scaler, head = pipeline[0], pipeline[-1]
     can_fold_scaler = len(pipeline) == 2 and (scaler == "passthrough" or hasattr(scaler, "scale_"))
     estimator, layers = head if can_fold_scaler else pipeline, None
-    if isinstance(head, _TORCH_HEADS) and can_fold_scaler:
+    if isinstance(head, _FOLDABLE_TORCH_HEADS) and can_fold_scaler:
         layers = _convert_torch_head(head)
     elif task == "regression":
         layers = _evaluate_linear_layer(lambda X: np.reshape(estimator.predict(X), (len(X), -1)), in_features)

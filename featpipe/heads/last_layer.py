@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 FEATURE_BLOCK_ROWS = 8192
 _LINEAR_HEADS = (SoftmaxRegression, SoftmaxRegressionCV, LogisticRegression)
-_TORCH_HEADS = (LinearClassifier, MLPClassifier)
+_TORCH_CLASSIFIERS = (LinearClassifier, MLPClassifier)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def extract_last_layer(head: Any) -> LastLayer | None:
         return None
     if isinstance(head, _LINEAR_HEADS):
         W, b = np.asarray(head.coef_, np.float64), np.asarray(head.intercept_, np.float64)
-    elif isinstance(head, _TORCH_HEADS):
+    elif isinstance(head, _TORCH_CLASSIFIERS):
         W, b = np.asarray(head.coefs_[-1].T, np.float64), np.asarray(head.intercepts_[-1], np.float64)
     else:
         return None
@@ -77,7 +77,7 @@ def replace_last_layer(head: Any, layer: LastLayer) -> Any:
     W, b = layer.W, layer.b
     if n_classes == 2:
         W, b = np.diff(W, axis=0), np.diff(b)
-    if isinstance(head, _TORCH_HEADS):
+    if isinstance(head, _TORCH_CLASSIFIERS):
         dtype = head.coefs_[-1].dtype
         new_head.coefs_ = [*head.coefs_[:-1], np.ascontiguousarray(W.T, dtype)]
         new_head.intercepts_ = [*head.intercepts_[:-1], b.astype(dtype)]

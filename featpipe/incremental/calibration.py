@@ -21,7 +21,7 @@ from featpipe.training import EmbeddingDataset, fit_novelty, update_novelty
 
 logger = logging.getLogger(__name__)
 
-N_CALIBRATION_FOLDS = 3
+N_CROSS_FITTING_FOLDS = 3
 MIN_CALIBRATION_ROWS = 10  # to fit a temperature
 DEFAULT_RIDGE_TEMPERATURE = 0.25  # with too few rows to fit it; fits gave 0.2 on tiles and 0.3 on emoji
 
@@ -134,11 +134,11 @@ def cross_fit_scores(step: IncrementalStep, method: str) -> HeldOutScores:
     folds are never held out, since no training image might remain.
     """
     dataset = step.old + step.new if method == "joint" else step.new
-    candidates = dataset.take(dataset.count_images()[dataset.y] >= N_CALIBRATION_FOLDS)
+    candidates = dataset.take(dataset.count_images()[dataset.y] >= N_CROSS_FITTING_FOLDS)
     if len(candidates) < MIN_CALIBRATION_ROWS:
         return HeldOutScores()
     logits, labels = [], []
-    for _, test_rows in candidates.drop_absent_classes().make_folds(N_CALIBRATION_FOLDS):
+    for _, test_rows in candidates.drop_absent_classes().make_folds(N_CROSS_FITTING_FOLDS):
         held_out = candidates.take(test_rows)
         old = step.old.exclude_duplicates_of(held_out) if method == "joint" else step.old
         pipeline = METHODS[method].fit(replace(step, old=old, new=step.new.exclude_duplicates_of(held_out)), None)

@@ -28,7 +28,7 @@ the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photo
 its own way.
 """
 FLOAT16_STORAGE_TOLERANCE = 1e-3  # added for float16 storage, whose relative rounding error is at most 2^-11
-CHECK_BLOCK_ROWS = 8192
+VERIFY_BLOCK_ROWS = 8192
 EMBED_BLOCK_IMAGES = 256
 
 _REPAIRABLE_COLUMNS = ("samples/status", "samples/digest", "samples/stamp", "checks/")
@@ -241,8 +241,8 @@ def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArra
     """Find which rows match their checksums in all outputs, shape (n,)."""
     n = len(cache)
     is_intact = np.ones(n, bool)
-    for start in range(0, n, CHECK_BLOCK_ROWS):
-        rows = np.arange(start, min(n, start + CHECK_BLOCK_ROWS))
+    for start in range(0, n, VERIFY_BLOCK_ROWS):
+        rows = np.arange(start, min(n, start + VERIFY_BLOCK_ROWS))
         for output in cache.outputs:
             is_intact[rows] &= cache.whole_rows(rows, output)
         progress(Progress("checking", int(rows[-1]) + 1, n))

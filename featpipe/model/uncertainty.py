@@ -18,9 +18,9 @@ from featpipe.errors import ConfigError
 Floats = NDArray[np.float64]
 
 MAX_REFERENCES = 1000  # training embeddings; one of each class if there are more classes
-N_NEIGHBORS = 3
+N_NOVELTY_NEIGHBORS = 3
 MAX_QUANTILES = 2000  # of held-out values; all values are kept if there are fewer
-ROWS_PER_BLOCK = 4096
+SIMILARITY_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class NoveltyScorer:
 
     def __call__(self, X: NDArray[Any]) -> Floats:
         """Out-of-distribution scores, shape (m,): percentiles among held-out training images, from 0 to 1."""
-        blocks = [_normalize_rows(X[i : i + ROWS_PER_BLOCK]) for i in range(0, len(X), ROWS_PER_BLOCK)]
+        blocks = [_normalize_rows(X[i : i + SIMILARITY_BLOCK_ROWS]) for i in range(0, len(X), SIMILARITY_BLOCK_ROWS)]
         references = self.references.astype(np.float32).T
         distances = np.concatenate([np.zeros(0), *(_mean_neighbor_distance(block @ references) for block in blocks)])
         return np.asarray(np.searchsorted(self.distances, distances) / (len(self.distances) + 1))
@@ -105,7 +105,7 @@ def _normalize_rows(X: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _mean_neighbor_distance(similarities: NDArray[np.float32]) -> Floats:
-    k = min(N_NEIGHBORS, similarities.shape[1])
+    k = min(N_NOVELTY_NEIGHBORS, similarities.shape[1])
     return np.asarray(1 - np.partition(similarities, -k, axis=1)[:, -k:].mean(axis=1), np.float64)
 
 
@@ -120,8 +120,8 @@ def _held_out_distances(
     group_keys = np.reshape(group_keys, (len(X), -1))
     all_references = np.concatenate([earlier_references, new_references]).astype(np.float32)
     block_distances = []
-    for start in range(0, len(X), ROWS_PER_BLOCK):
-        block = slice(start, start + ROWS_PER_BLOCK)
+    for start in range(0, len(X), SIMILARITY_BLOCK_ROWS):
+        block = slice(start, start + SIMILARITY_BLOCK_ROWS)
         similarities = _normalize_rows(X[block]) @ all_references.T
         for column in group_keys.T:
             similarities[:, len(earlier_references) :][column[block, None] == column[reference_rows][None]] = -np.inf

@@ -44,8 +44,8 @@ from featpipe.storage import (
 if TYPE_CHECKING:
     from featpipe.model import Model
 
-RECEIPT_FORMAT = "featpipe-predictions/1"
-MAX_RECEIPT_BYTES = 2**20
+PREDICTION_RECEIPT_FORMAT = "featpipe-predictions/1"
+MAX_PREDICTION_RECEIPT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PredictionRequest:
     def _compute_digest(self, head_digests: Sequence[str | None]) -> str:
         """Compute the digest of the models and the options."""
         identity = {
-            "format": RECEIPT_FORMAT,
+            "format": PREDICTION_RECEIPT_FORMAT,
             "featpipe": version("featpipe"),
             "models": [
                 {"head": head_digest, **_make_model_identity(model)}
@@ -182,11 +182,11 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
     """Read the receipt of a file; None unless the file has the bytes that were written."""
     try:
         with open(make_receipt_path(path), "rb") as file:
-            document = json.loads(file.read(MAX_RECEIPT_BYTES))
+            document = json.loads(file.read(MAX_PREDICTION_RECEIPT_BYTES))
         fields = PredictionReceipt.__dataclass_fields__.keys()
         receipt = PredictionReceipt(**{name: document[name] for name in fields if name in document})
         output = Receipt(receipt.request, output_sha256=receipt.sha256, output_bytes=receipt.bytes)
-        if document["format"] == RECEIPT_FORMAT and output.describes(path):
+        if document["format"] == PREDICTION_RECEIPT_FORMAT and output.describes(path):
             return receipt
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # missing or damaged: predict again
@@ -195,7 +195,7 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
 
 def _dump_receipt(path: Path, receipt: PredictionReceipt) -> None:
     with atomic_write(make_receipt_path(path), text=True, folder=find_parts_directory(path)) as file:
-        json.dump({"format": RECEIPT_FORMAT, **asdict(receipt)}, file, indent=1)
+        json.dump({"format": PREDICTION_RECEIPT_FORMAT, **asdict(receipt)}, file, indent=1)
 
 
 def _hash_image_digests(image_digests: NDArray[np.uint8]) -> str:

@@ -16,8 +16,8 @@ from featpipe.errors import ConfigError
 from featpipe.storage.atomic import atomic_write, make_writable_folder
 from featpipe.storage.provenance import hash_file
 
-RECEIPT_FORMAT = "featpipe-output/1"
-MAX_RECEIPT_BYTES = 2**20
+OUTPUT_RECEIPT_FORMAT = "featpipe-output/1"
+MAX_OUTPUT_RECEIPT_BYTES = 2**20
 COMMAND_FILE_NAME = ".command"  # in a folder of results: the digest of the command that writes them
 
 
@@ -48,7 +48,7 @@ def record_output(path: Path, command: str) -> None:
     stat = path.stat()
     if document.get("bytes") != stat.st_size or document.get("mtime_ns") != stat.st_mtime_ns:
         document |= {"bytes": stat.st_size, "sha256": hash_file(path), "mtime_ns": stat.st_mtime_ns}
-    document = {"format": RECEIPT_FORMAT, **document, "command": command}
+    document = {"format": OUTPUT_RECEIPT_FORMAT, **document, "command": command}
     with atomic_write(make_receipt_path(path), text=True) as file:
         json.dump(document, file, indent=1)
 
@@ -112,7 +112,7 @@ def is_same_file(path: Path, other: str | os.PathLike[str]) -> bool:
 def _read_receipt(path: Path) -> dict[str, Any]:
     try:
         with open(make_receipt_path(path), "rb") as file:
-            document = json.loads(file.read(MAX_RECEIPT_BYTES))
+            document = json.loads(file.read(MAX_OUTPUT_RECEIPT_BYTES))
     except (OSError, ValueError, RecursionError):  # missing or damaged
         return {}
     return document if isinstance(document, dict) else {}

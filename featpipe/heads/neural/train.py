@@ -28,7 +28,7 @@ TRAINING_COST_FACTOR = 3
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedNetwork:
+class TrainedLayers:
     """The result of `train_network`.
 
     Attributes
@@ -61,7 +61,7 @@ def train_network(
     loss_fn: LossFunction,
     config: NetworkTrainingConfig,
     seed: int,
-) -> TrainedNetwork:
+) -> TrainedLayers:
     """Train a network.
 
     Parameters
@@ -186,9 +186,9 @@ class _TrainingHistory:
     def should_stop(self) -> bool:
         return self.config.early_stopping and len(self.losses) - self.best_epoch >= self.config.patience
 
-    def to_result(self) -> TrainedNetwork:
+    def to_result(self) -> TrainedLayers:
         coefs, intercepts = self.best_weights or self.network.copy_weights()
-        return TrainedNetwork(
+        return TrainedLayers(
             coefs, intercepts, self.losses, self.validation_losses, self.validation_scores, self.best_epoch
         )
 
