@@ -60,7 +60,7 @@ def list_images(folder: Path) -> list[str]:
 
 def test_training_rows_are_left_out_and_counted(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     folder = make_folder(each=4)
-    model = train(embed(folder))
+    model = train(embed(folder), tune=False)
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
         (path.parent / f"copy-{number}.jpg").write_bytes(path.read_bytes())
     new_folder = make_folder(each=9, name="new")  # its first four of each class are the same images
@@ -95,7 +95,7 @@ def test_only_the_test_rows_of_a_split_are_scored(embed: Any, make_folder: Any) 
     table = folder.parent / "labels.csv"
     table.write_text("\n".join(["path,label,split", *rows]) + "\n")
     cache = embed(folder, labels=table)
-    model = train(cache)
+    model = train(cache, tune=False)
     evaluation = evaluate(model, cache)
     assert [cache.ids[int(row)][-6:] for row in evaluation.rows] == ["04.jpg", "05.jpg"] * 3
     assert evaluation.left_out == {"not in the test split": 12}
@@ -104,12 +104,12 @@ def test_only_the_test_rows_of_a_split_are_scored(embed: Any, make_folder: Any) 
 def test_an_evaluation_without_rows_raises_with_the_reasons(embed: Any, make_folder: Any) -> None:
     cache = embed(make_folder())
     with pytest.raises(CacheError, match=r"no row is left to score \(18 trained on\); evaluate on other images"):
-        evaluate(train(cache), cache)
+        evaluate(train(cache, tune=False), cache)
 
 
 def test_a_cache_of_other_embeddings_is_refused_with_the_differences(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
-    model = train(embed(folder))
+    model = train(embed(folder), tune=False)
     bf16_cache = embed(folder, "half", storage="float16", precision="bf16")
     with pytest.raises(CacheMismatchError, match=r"precision is 'bf16', asked for 'fp32'; storage is 'float16'"):
         evaluate(model, bf16_cache)
@@ -120,14 +120,14 @@ def test_a_cache_of_other_embeddings_is_refused_with_the_differences(embed: Any,
 
 
 def test_unknown_classes_raise_an_error_that_names_them(embed: Any, make_folder: Any) -> None:
-    model = train(embed(make_folder()))
+    model = train(embed(make_folder()), tune=False)
     other_cache = embed(make_folder(("ape", "dog", "elk", "fox", "gnu"), each=8, name="other"))
     with pytest.raises(ConfigError, match=r"does not know: 'dog', 'elk', 'fox' and 1 more; leave those"):
         evaluate(model, other_cache)
 
 
 def test_classes_missing_from_the_cache_keep_their_columns(embed: Any, make_folder: Any) -> None:
-    model = train(embed(make_folder(("ape", "bee", "cow"), each=3)))
+    model = train(embed(make_folder(("ape", "bee", "cow"), each=3)), tune=False)
     cache = embed(make_folder(("cow", "ape"), each=5, name="fewer"))
     evaluation = evaluate(model, cache)
     assert evaluation.predicted.shape[1] == 3
@@ -138,7 +138,7 @@ def test_classes_missing_from_the_cache_keep_their_columns(embed: Any, make_fold
 
 def test_labels_for_another_task_are_refused(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
-    model = train(embed(folder))
+    model = train(embed(folder), tune=False)
     table = make_label_table(folder, dict.fromkeys(list_images(folder), "0.5"), "target")
     with pytest.raises(ConfigError, match="has labels for regression, the model is for classification"):
         evaluate(model, embed(folder, labels=table))
@@ -150,7 +150,7 @@ def test_labels_for_another_task_are_refused(embed: Any, make_folder: Any) -> No
 def test_an_archive_is_embedded_only_once(
     tiny: Any, embed: Any, make_folder: Any, tmp_path: Path, forward_passes: list[int]
 ) -> None:
-    model = train(embed(make_folder(each=3))).attach(tiny)
+    model = train(embed(make_folder(each=3)), tune=False).attach(tiny)
     new_folder = make_folder(each=7, name="new")
     with tarfile.open(tmp_path / "new.tar", "w") as file:
         file.add(new_folder, arcname="new")
@@ -168,7 +168,7 @@ def test_an_archive_is_embedded_only_once(
 
 
 def test_a_cache_is_scored_without_loading_the_backbone(embed: Any, make_folder: Any, tmp_path: Path) -> None:
-    path = train(embed(make_folder(each=3))).save(tmp_path / "m.model")
+    path = train(embed(make_folder(each=3)), tune=False).save(tmp_path / "m.model")
     model = load_model(path)
     evaluation = evaluate(model, embed(make_folder(each=6, name="new")))
     assert len(evaluation.rows) == 9
@@ -177,7 +177,7 @@ def test_a_cache_is_scored_without_loading_the_backbone(embed: Any, make_folder:
 
 def test_invalid_data_arguments_raise_errors(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     cache = embed(make_folder())
-    model = train(cache)
+    model = train(cache, tune=False)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         evaluate(model, [])
     with pytest.raises(ConfigError, match="2 caches were given; give one cache, or archives"):
@@ -379,7 +379,7 @@ def test_the_json_document_validates_against_the_schema(model_and_caches: Any, e
     assert document["sets"][1]["level"] == 0.9
     assert 0 <= document["novelty"]["median"] < 1
     document_of_small_model = json.loads(
-        json.dumps(evaluate(train(embed(make_folder(name="few"))), cache).to_dict(), allow_nan=False)
+        json.dumps(evaluate(train(embed(make_folder(name="few")), tune=False), cache).to_dict(), allow_nan=False)
     )
     jsonschema.validate(
         document_of_small_model, schema
