@@ -23,6 +23,21 @@ __all__ = ["main"]
 EXIT_TIME_LIMIT = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
+RESUMABLE_COMMANDS = frozenset({"demo", "evaluate", "expand", "extract", "finetune", "predict", "run"})
+
+
+class _Interrupted(Exception):
+    """A command was interrupted."""
+
+    def __init__(self, command: str | None) -> None:
+        resumes = command in RESUMABLE_COMMANDS
+        super().__init__(
+            "interrupted; finished work is kept, run the same command again to resume"
+            if resumes
+            else "interrupted; nothing was written"
+        )
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMAND_SUMMARIES)
@@ -35,6 +50,12 @@ class _LazyGroup(click.Group):
         if not any(parameter.name == "log_format" for parameter in command.params):
             command.params.append(make_log_format_option())
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted(ctx.invoked_subcommand) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMAND_SUMMARIES and not args[0].startswith("-"):
@@ -109,9 +130,9 @@ def _exit_on_error() -> Iterator[None]:
         _exit_with_message(str(error), EXIT_TIME_LIMIT, "time-limit", "info")
     except FeatpipeError as error:
         _exit_with_message(printable(str(error)), 1, "error")
-    except (KeyboardInterrupt, click.Abort):
+    except (_Interrupted, KeyboardInterrupt, click.Abort) as error:
         click.echo(err=True, nl=not is_json())  # after the terminal's ^C
-        _exit_with_message("interrupted; finished work is kept, run the same command again to resume", 1, "interrupted")
+        _exit_with_message(str(error) if isinstance(error, _Interrupted) else "interrupted", 1, "interrupted")
     except BrokenPipeError:  # as in `featpipe predict … | head`
         sys.stderr.close()
         sys.exit(0)

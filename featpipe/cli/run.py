@@ -17,14 +17,17 @@ def _list_recipes() -> list[tuple[str, str]]:
     return [(name, read_question(name)) for name in list_builtin_recipes()]
 
 
-def _print_recipes(context: click.Context, option: click.Parameter, requested: bool) -> None:
-    if requested and not context.resilient_parsing:
+def _print_recipes(as_json: bool) -> None:
+    if as_json:
+        print_json([{"recipe": name, "question": question} for name, question in _list_recipes()])
+    else:
         click.echo(format_table(_list_recipes(), ["recipe", "question"]))
-        context.exit()
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE", type=NameParameter("recipe", _list_recipes, allow_files=True))
+@click.argument(
+    "recipe", metavar="RECIPE", required=False, type=NameParameter("recipe", _list_recipes, allow_files=True)
+)
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
 @click.option(
     "--set",
@@ -35,21 +38,15 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
 )
 @click.option("--out", metavar="DIR", type=click.Path(), help="Folder of the run.  [default: runs/RECIPE]")
 @click.option("--dry-run", is_flag=True, help="Show which stages are done and which would run; run nothing.")
-@click.option(
-    "--list",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_recipes,
-    help="List the built-in recipes.",
-)
+@click.option("--list", "list_recipes", is_flag=True, help="List the built-in recipes.")
 @add_options(OVERWRITE_OPTION, JSON_OPTION)
 def run(
-    recipe: str,
+    recipe: str | None,
     archives: tuple[str, ...],
     settings: tuple[str, ...],
     out: str | None,
     dry_run: bool,
+    list_recipes: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -64,6 +61,11 @@ def run(
       featpipe run smoke
       featpipe run linear-probe photos/ --set heads.0.C=0.1,1,10 --out runs/photos
     """
+    if list_recipes:
+        _print_recipes(as_json)
+        return
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE'; --list shows the built-in ones.")
     from featpipe.experiments import parse_changes
 
     changes = parse_changes(settings)

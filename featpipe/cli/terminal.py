@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -65,8 +67,16 @@ def get_command_line() -> str:
 
 
 def print_json(value: object) -> None:
-    """Print JSON to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """Print JSON to stdout; numbers that JSON cannot hold (NaN, infinity) become null."""
+    click.echo(json.dumps(_replace_non_finite(value), indent=2, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _replace_non_finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_cache(cache: FeatureCache, as_json: bool) -> None:

@@ -96,7 +96,7 @@ class HeadComparison:
 
 
 def compare(
-    cache: FeatureCache,
+    cache: FeatureCache | str | os.PathLike[str],
     names: Sequence[str] | str = "all",
     *,
     params: Mapping[str, Mapping[str, object]] | None = None,
@@ -107,7 +107,7 @@ def compare(
 
     Parameters
     ----------
-    cache : FeatureCache
+    cache : FeatureCache or path of one
     names : sequence of str, or "all"
         The heads; ``all`` selects every head for the cache's task.
     params : mapping from head to settings, optional
@@ -128,6 +128,7 @@ def compare(
         If a head is unknown, or there are fewer than two folds: the comparison needs an estimate.
     """
     check_names("setting", settings, ComparisonOptions.__annotations__)
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     return compare_or_load(
         cache, names, TrainingConfig.from_settings({"cv": DEFAULT_FOLDS, **settings}), None, params, progress
     )

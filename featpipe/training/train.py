@@ -45,7 +45,7 @@ CURVE_ATTRIBUTES = ("loss_curve_", "validation_curve_", "validation_score_curve_
 
 
 def train(
-    cache: FeatureCache,
+    cache: FeatureCache | str | os.PathLike[str],
     head: str = "logistic",
     *,
     progress: ProgressCallback = ignore_progress,
@@ -55,7 +55,7 @@ def train(
 
     Parameters
     ----------
-    cache : FeatureCache
+    cache : FeatureCache or path of one
     head : str
         A name listed by ``featpipe heads``, or the import path of a scikit-learn estimator.
     progress : callable
@@ -80,6 +80,7 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     return train_or_load(cache, TrainingConfig.from_settings({"head": head, **settings}), None, progress)
 
 

@@ -20,6 +20,7 @@ from featpipe.errors import ConfigError
 from featpipe.heads import SoftmaxRegression
 from featpipe.runtime import Progress
 from featpipe.splits import splits
+from tests.support.commands import run_command
 from tests.support.images import jpeg
 from tests.support.logs import logged_messages
 from tests.support.recipes import RECIPES_MODULE, get_measurements, photos  # noqa: F401
@@ -255,3 +256,10 @@ def test_completion_prints_the_script_of_each_shell(shell, mark):
     result = run("completion", shell)
     assert mark in result.stdout
     assert "_FEATPIPE_COMPLETE" in result.stdout
+
+
+def test_recipes_are_listed_as_a_table_or_json():
+    names = [row["recipe"] for row in json.loads(run_command("run", "--list", "--json").stdout)]
+    assert names == sorted(names)
+    assert [line.split()[0] for line in run_command("run", "--list").stdout.splitlines()[1:]] == names
+    assert "Missing argument 'RECIPE'; --list shows the built-in ones" in run_command("run", code=2).stderr

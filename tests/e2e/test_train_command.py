@@ -18,6 +18,7 @@ from featpipe.cli import cli
 from featpipe.data import Labels
 from featpipe.errors import ConfigError, ModelError
 from featpipe.storage import StringColumn
+from tests.support.commands import run_command
 from tests.support.datasets import FACTS, digests
 
 N = 90
@@ -202,3 +203,18 @@ def test_the_keras_head_has_the_settings_of_the_guides_of_keras(cache):
     head = model.head["head"]
     assert (head.hidden, head.optimizer, head.epochs, head.batch_size) == ((1024,), "adam", 10, 32)
     assert model.head["scale"] == "passthrough"
+
+
+def test_an_interrupted_training_says_that_nothing_was_written(cache, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featpipe.training.train_or_load", interrupt)
+    result = run_command("train", cache, "--out", tmp_path / "a.model", code=1)
+    assert result.stderr.splitlines()[-1] == "featpipe: interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_compare_take_the_path_of_a_cache(cache):
+    assert featpipe.train(str(cache), "centroid", cv=2).head_name == "centroid"
+    assert featpipe.compare(cache, ["centroid", "lda"], cv=2).model.head_name in ("centroid", "lda")

@@ -81,7 +81,9 @@ def test_warnings_of_libraries_are_logged_as_json(as_json: None, capsys: pytest.
 ERRORS = [
     (ArchiveError("none"), 1, "error", "none"),
     (TimeLimitError("over"), 75, "time-limit", "over"),
-    (KeyboardInterrupt(), 1, "interrupted", "interrupted; finished work is kept"),
+    (KeyboardInterrupt(), 1, "interrupted", "interrupted"),
+    (cli._Interrupted("extract"), 1, "interrupted", "interrupted; finished work is kept, run the same command again"),
+    (cli._Interrupted("train"), 1, "interrupted", "interrupted; nothing was written"),
     (click.UsageError("which?"), 2, "usage", "which?"),
     (ZeroDivisionError("oh"), 1, "bug", "ZeroDivisionError: oh"),
 ]
@@ -100,7 +102,7 @@ def test_an_error_as_json_has_its_exit_code_and_event(
     assert ("Traceback" in line.get("traceback", "")) == (event == "bug")
 
 
-@pytest.mark.parametrize(("error", "code", "event", "text"), ERRORS[:4])
+@pytest.mark.parametrize(("error", "code", "event", "text"), ERRORS[:6])
 def test_an_error_as_text_has_its_exit_code_and_prefix(
     error: BaseException, code: int, event: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from featpipe.cli import info
 from featpipe.cli.logging import log_to_stderr
-from featpipe.cli.terminal import Terminal
+from featpipe.cli.terminal import Terminal, print_json
 from featpipe.config import ExtractionConfig
 from featpipe.runtime import Progress, ProgressBar, format_table
 from featpipe.status import Status
@@ -147,3 +148,8 @@ def test_max_bad_is_a_number_or_a_share(limit, allowed):
 def test_control_characters_in_info_are_replaced():
     text = info._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
     assert text.isprintable()
+
+
+def test_json_has_null_for_numbers_that_it_cannot_hold(capsys):
+    print_json({"a": [float("nan"), 1.5, (float("inf"),)], "b": {"c": -float("inf")}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None]], "b": {"c": None}}
