@@ -49,7 +49,15 @@ from typing import TYPE_CHECKING
 from featpipe.data.index import Index, SampleReader, index, index_files
 from featpipe.data.labels.infer import RawLabels, parse_number
 from featpipe.data.labels.labels import Labels, LabelTask, order_classes
-from featpipe.data.labels.table import TABLE_SUFFIXES, LabelTable, TableRows, match_table_rows, read_column, read_paths
+from featpipe.data.labels.table import (
+    TABLE_SUFFIXES,
+    LabelTable,
+    TableRows,
+    match_table_rows,
+    read_column,
+    read_column_names,
+    read_paths,
+)
 from featpipe.data.modalities import DEFAULT_MODALITY, MODALITIES, Modality, get_modality
 from featpipe.data.sources.glob import expand_paths
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, escape_name, format_name
@@ -107,6 +115,7 @@ __all__ = [
     "order_classes",
     "parse_number",
     "read_column",
+    "read_column_names",
     "read_paths",
     "resize_image",
     "to_rgb",

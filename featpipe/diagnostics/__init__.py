@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from featpipe.diagnostics.extrapolation import LearningCurve, extrapolate_learning_curve
-from featpipe.diagnostics.finding import FINDING_NAMES, Finding, write_findings
+from featpipe.diagnostics.finding import FINDING_NAMES, PREDICTION_COLUMNS, Finding, write_findings
 from featpipe.diagnostics.label_errors import (
     MAX_FINDING_ROWS,
     LabeledPredictions,
@@ -17,6 +17,7 @@ __all__ = [
     "FINDING_NAMES",
     "MAX_FINDING_ROWS",
     "NEAR_DUPLICATE_COSINE",
+    "PREDICTION_COLUMNS",
     "CenteredNormalizer",
     "DuplicatePairs",
     "Finding",

@@ -23,6 +23,8 @@ FINDING_NAMES = (
     "short_classes",
 )
 
+PREDICTION_COLUMNS = ("predicted", "suggested")  # in tables of samples that were selected by predictions on them
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from featpipe.cache import FeatureCache
+from featpipe.data import read_column_names
+from featpipe.diagnostics import PREDICTION_COLUMNS
 from featpipe.errors import CacheError, ConfigError, FeatpipeError
 from featpipe.model import Model
 from featpipe.training import EmbeddingDataset
@@ -27,7 +29,7 @@ def select_scored_rows(
     cache : FeatureCache
         Of the first model.
     without : path-like, optional
-        A table of samples that the user excludes.
+        A table of samples that the user excludes; not one that was selected by predictions on them.
 
     Returns
     -------
@@ -39,7 +41,11 @@ def select_scored_rows(
     ------
     CacheError
         If no row is left.
+    ConfigError
+        If the table was selected by predictions: scores without mistakes are not scores.
     """
+    if without is not None:
+        _reject_prediction_table(Path(without))
     labeled = EmbeddingDataset.from_cache(cache, output=models[0].output)
     marked = EmbeddingDataset.from_cache(cache, output=models[0].output, split="test")
     included = marked if without is None else marked.without(without)
@@ -61,6 +67,15 @@ def select_scored_rows(
             "or read the cross-validated scores that `featpipe info MODEL` shows"
         )
     return unseen, left_out
+
+
+def _reject_prediction_table(path: Path) -> None:
+    columns = [name for name in read_column_names(path) if name.lower() in PREDICTION_COLUMNS]
+    if columns:
+        raise ConfigError(
+            f"{path}: has the column {columns[0]!r}, so its images were selected by predictions on them, and scores "
+            "without these images would be too good; correct the labels that are wrong, and evaluate on all images"
+        )
 
 
 def align_to_model(model: Model, dataset: EmbeddingDataset) -> EmbeddingDataset:

@@ -345,6 +345,9 @@ def test_samples_listed_in_a_table_are_left_out(model_and_caches: Any, tmp_path:
     evaluation = evaluate(model, cache, without=table)
     assert evaluation.left_out["named by --without"] >= 2
     assert not any("copy" in cache.ids[int(row)] for row in evaluation.rows)
+    for name in ("mistakes", "unsure"):
+        with pytest.raises(ConfigError, match=f"{name}.csv: has the column 'predicted', so its images were"):
+            evaluate(model, cache, without=tmp_path / "findings" / f"{name}.csv")
     unknown = tmp_path / "unknown.csv"
     unknown.write_text("id\nnowhere.jpg\n")
     with pytest.raises(ArchiveError, match=r"none of its 1 paths is an image of .*, the first is 'nowhere\.jpg'"):

@@ -77,7 +77,7 @@ def read_table(table: LabelTable, *, require_labels: bool) -> TableRows:
     ConfigError
         If a split is not one of train, validation and test.
     """
-    names = _read_column_names(table.path)
+    names = read_column_names(table.path)
     path_column = _require_column(table.path, names, table.path_column, _PATH_COLUMNS, "paths")
     label_columns: list[str] = []
     if table.label_column is not None and table.label_column.lower() not in map(str.lower, names):
@@ -109,7 +109,7 @@ def read_column(path: Path, column: str) -> tuple[list[str], list[LabelValue]]:
     ConfigError
         If the column does not exist.
     """
-    names = _read_column_names(path)
+    names = read_column_names(path)
     path_column = _require_column(path, names, None, _PATH_COLUMNS, "paths")
     matched_column = column if column in names else _find_column(names, (column.lower(),))
     if matched_column is None:
@@ -126,7 +126,7 @@ def read_paths(path: Path) -> list[str]:
     ArchiveError
         If there is no column of paths, or the file cannot be read.
     """
-    column = _require_column(path, _read_column_names(path), None, _PATH_COLUMNS, "paths")
+    column = _require_column(path, read_column_names(path), None, _PATH_COLUMNS, "paths")
     return _parse_paths(path, column, _read_columns(path, [column])[0])
 
 
@@ -183,7 +183,14 @@ def _require_column(
     return column
 
 
-def _read_column_names(path: Path) -> list[str]:
+def read_column_names(path: Path) -> list[str]:
+    """Read the names of the columns of a table.
+
+    Raises
+    ------
+    ArchiveError
+        If the file cannot be read, or two columns have the same name.
+    """
     if path.suffix.lower() == ".parquet":
         names = [str(name) for name in _open_parquet(path).schema_arrow.names]
     else:
