@@ -113,7 +113,8 @@ def finetune(
         return
     claim.record()
     if as_json:
-        print_json({"model": str(finetuned.model.path), **finetuned.to_dict()})
+        verdict = finetuned.comparison.verdict()
+        print_json({"model": str(finetuned.model.path), "verdict": verdict, **finetuned.to_dict()})
         return
     _print_finetuned(finetuned)
     click.echo(finetuned.model.path)

@@ -239,7 +239,9 @@ class RunResult:
                 {**asdict(summary), "cache": str(summary.cache), "scored": str(summary.scored)}
                 for summary in self.embedded
             ],
-            "finetuning": None if self.tuned is None else self.tuned.to_dict(),
+            "finetuning": None
+            if self.tuned is None
+            else {"verdict": self.tuned.comparison.verdict(), **self.tuned.to_dict()},
             "report": self.report.name,
             "seconds": round(self.seconds, 3),
             "versions": dict(self.versions),

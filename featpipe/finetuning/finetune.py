@@ -24,6 +24,7 @@ from featpipe.finetuning.result import FineTuningResult, compare_models, predict
 from featpipe.finetuning.split import make_dataset, make_splits, refit_without
 from featpipe.finetuning.train import train_network
 from featpipe.finetuning.trained_network import TrainedNetwork
+from featpipe.metrics import Note, format_note
 from featpipe.model import Model, load_model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.storage import Receipt
@@ -114,7 +115,7 @@ def finetune(
             distributed=distributed,
             epoch_callback=on_epoch,
         )
-        logger.info(splits.description)
+        logger.info(format_note(splits.note))
         if (finished := _load_finished(context)) is not None:
             logger.info(f"{out}: up to date, nothing to do")
             return finished
@@ -150,10 +151,10 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
         model.classes,
     )
     keep_finetuned = context.tuning.keep_worse or (comparison.gain >= 0 and trained.best_epoch.number > 0)
-    notes: tuple[str, ...] = (splits.description, initial_head.description)
+    remarks: tuple[Note, ...] = (splits.note, initial_head.note)
     if trained.best_epoch.number == 0:
-        notes += ("no epoch was better than the start on the validation images; the comparison is of the start",)
-        logger.info(notes[-1])
+        remarks += ({"kind": "no_better_epoch"},)
+        logger.info(format_note(remarks[-1]))
     unchanged = replace(model, history=dict(model.history), scores=dict(model.scores))
     selected_model = finetuned if keep_finetuned else unchanged
     result = FineTuningResult(
@@ -162,7 +163,7 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
         comparison,
         [epoch.to_dict() for epoch in trained.curve],
         trained.best_epoch.number,
-        notes,
+        remarks,
         {"training": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
     )
     selected_model.history["finetuning"] = {**record, "result": result.to_dict()}
@@ -199,11 +200,9 @@ def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbon
     initial_head = initialize_head(start_model, np.asarray(train_set.X), train_set.y)
     if tuning.weights == "none":
         layers = HeadLayers.zeros(train_set.X.shape[1], len(model.classes))
-        initial_head = replace(
-            initial_head, layers=layers, description="an untrained network and a new layer: the architecture alone"
-        )
+        initial_head = replace(initial_head, layers=layers, note={"kind": "start_untrained"})
         backbone = _load_untrained_backbone(context, backbone)
-    logger.info(initial_head.description)
+    logger.info(format_note(initial_head.note))
     return start_model, initial_head, backbone
 
 

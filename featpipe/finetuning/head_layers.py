@@ -19,7 +19,7 @@ from torch import nn
 
 from featpipe import heads
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, forward
-from featpipe.metrics import Calibration, compute_logits
+from featpipe.metrics import Calibration, Note, compute_logits
 from featpipe.model import Model
 
 Array = NDArray[np.float64]
@@ -225,14 +225,14 @@ class InitialHead:
         Their outputs are logits; in regression, (target - ``target_mean``) / ``target_std``.
     target_mean, target_std : ndarray of shape (t,), float64
         0 and 1 in classification.
-    description : str
-        Where the layers come from, for logs.
+    note : mapping
+        Where the layers come from, see :func:`featpipe.metrics.format_note`.
     """
 
     layers: HeadLayers
     target_mean: NDArray[np.float64]
     target_std: NDArray[np.float64]
-    description: str
+    note: Note
 
     def to_target_units(self, layers: HeadLayers) -> HeadLayers:
         """Trained layers with outputs in the units of the targets."""
@@ -252,7 +252,7 @@ def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> In
     """
     compared_rows, d = X[:MAX_COMPARED_ROWS], X.shape[1]
     layers = head_to_layers(model.head, model.task, model.calibration, d)
-    description = f"the layer starts as the {model.head_name} head of the model"
+    note: Note = {"kind": "start_head", "head": model.head_name}
     if layers is None or not _do_predictions_agree(
         _predict_with_layers(layers, model.task, compared_rows), predict_with_model(model, compared_rows)
     ):
@@ -260,12 +260,10 @@ def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> In
         pipeline = heads.build(name, model.task).fit(X, y)
         layers = head_to_layers(pipeline, model.task, None, d)
         assert layers is not None
-        description = (
-            f"the layer starts as a {name} head fitted on the embeddings: {model.head_name} cannot become a layer"
-        )
+        note = {"kind": "start_fitted_head", "head": name, "old_head": model.head_name}
     target_mean, target_std = _compute_target_statistics(y) if model.task == "regression" else (np.zeros(1), np.ones(1))
     return InitialHead(
-        layers.fold_output_scaling(1 / target_std, -target_mean / target_std), target_mean, target_std, description
+        layers.fold_output_scaling(1 / target_std, -target_mean / target_std), target_mean, target_std, note
     )
 
 

@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
 from featpipe.finetuning.head_layers import predict_with_model
-from featpipe.metrics import METRICS, Interval, Scores, compare_paired, mcnemar_test, nan_to_none, score
+from featpipe.metrics import (
+    METRICS,
+    Interval,
+    Note,
+    Scores,
+    compare_paired,
+    format_comparison,
+    format_note,
+    mcnemar_test,
+    nan_to_none,
+    score,
+)
 from featpipe.model import Model
 
 
@@ -51,14 +62,7 @@ class ProbeComparison:
 
     def verdict(self) -> str:
         """Summarize the comparison in one sentence."""
-        row = next(row for row in self.metrics if row["name"] == self.main)
-        name, p = METRICS[self.main].title.lower(), row["p"]
-        change = f"{name} {_format_interval(row['probe'])} → {_format_interval(row['tuned'])}"
-        if self.gain == 0:
-            return f"fine-tuned is neither better nor worse than the probe on {self.n} held-out images: {change}"
-        direction = "better" if self.gain > 0 else "worse"
-        caveat = "" if self.sure else ", which may be chance"
-        return f"fine-tuned is {direction} than the probe on {self.n} held-out images{caveat}: {change}, p = {p:.2g}"
+        return format_comparison(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         return {"n": self.n, "main": self.main, "metrics": self.metrics, "per_class": self.per_class}
@@ -139,8 +143,8 @@ class FineTuningResult:
         For each epoch, 0 being before the first step: ``number``, ``loss``, ``validation_loss``, ``validation_score``,
         ``rate``.
     best_epoch : int
-    notes : tuple of str
-        The splits, and what training started from.
+    remarks : tuple of mappings
+        The splits, and what training started from, see :func:`featpipe.metrics.format_note`; text in earlier files.
     images : dict
         Numbers of ``training``, ``validation`` and ``test`` images; empty in earlier files.
     """
@@ -150,17 +154,21 @@ class FineTuningResult:
     comparison: ProbeComparison
     curve: list[dict[str, Any]]
     best_epoch: int
-    notes: tuple[str, ...]
+    remarks: tuple[Note | str, ...]
     images: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The remarks as text."""
+        return tuple(map(format_note, self.remarks))
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "kept": self.kept,
-            "verdict": self.comparison.verdict(),
             "comparison": self.comparison.to_dict(),
             "curve": self.curve,
             "best_epoch": self.best_epoch,
-            "notes": list(self.notes),
+            "notes": list(self.remarks),
             "images": dict(self.images),
         }
 

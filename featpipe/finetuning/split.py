@@ -14,7 +14,7 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.config import FineTuneConfig, TrainingConfig
 from featpipe.errors import CacheError, ConfigError
-from featpipe.metrics import Calibration
+from featpipe.metrics import Calibration, Note
 from featpipe.model import Model
 from featpipe.splits import SplitSeed
 from featpipe.training import EmbeddingDataset, get_head_params, make_head_config, train_head
@@ -35,15 +35,15 @@ class Splits:
     y : ndarray
         For each row of the archive: class codes of shape (n,), targets of shape (n, t), or 0 and 1 of shape (n, k).
         Arbitrary for rows in none of the splits.
-    description : str
-        For logs and notes.
+    note : mapping
+        The numbers of images, see :func:`featpipe.metrics.format_note`.
     """
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
     y: NDArray[Any]
-    description: str
+    note: Note
 
     @property
     def train_and_validation(self) -> NDArray[np.int64]:
@@ -83,7 +83,7 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
             f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model would "
             "forget; give images of all its classes, or train a model with fewer"
         )
-    counts_text = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
+    counts = {"training": len(train), "validation": len(validation), "test": len(test)}
     y = np.zeros((len(cache), *dataset.y.shape[1:]), dataset.y.dtype)
     y[dataset.rows] = dataset.y
     return Splits(
@@ -91,7 +91,7 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
         validation.rows,
         test.rows,
         y,
-        f"{counts_text} ({' and '.join(marked_names) or 'none'} marked by the labels)",
+        {"kind": "marked_splits", **counts, "marked": " and ".join(marked_names) or "none"},
     )
 
 

@@ -17,7 +17,7 @@ from featpipe.incremental.methods import METHODS
 from featpipe.incremental.metrics import MethodOutcome, read_interval
 from featpipe.incremental.retention import fit_to_budget, update_replay_memory
 from featpipe.incremental.select_method import SelectedMethod
-from featpipe.metrics import Interval, format_protocol, nan_to_none
+from featpipe.metrics import Interval, Note, format_note, format_protocol, nan_to_none
 from featpipe.model import STORED_DIGEST_BYTES, ConformalPredictor, Model
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class Expansion:
         If all methods were compared.
     unavailable : dict
         Methods that could not be used, with the reason.
-    notes : tuple of str
+    remarks : tuple of mappings
+        See :func:`featpipe.metrics.format_note`; text in earlier files.
     """
 
     model: Model
@@ -65,7 +66,12 @@ class Expansion:
     outcomes: tuple[MethodOutcome, ...] = ()
     recommended: str | None = None
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    remarks: tuple[Note | str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The remarks as text."""
+        return tuple(map(format_note, self.remarks))
 
     @property
     def how(self) -> str:
@@ -86,7 +92,7 @@ class Expansion:
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
             "recommended": self.recommended,
             "unavailable": dict(self.unavailable),
-            "notes": list(self.notes),
+            "notes": list(self.remarks),
         }
 
     @classmethod
@@ -140,23 +146,12 @@ def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-SEPARATE_SHRINKAGE_NOTE = (
-    "lda shrinks the covariance of each class by its own rows; for old classes with new images, old and new rows are "
-    "shrunk separately, an approximation of training on all rows at once (exact with shrinkage=NUMBER)"
-)
-BALANCE_NOTE = (
-    "old and new classes are balanced: rows that represent old images are weighted accordingly, and an offset between "
-    "old and new classes is fitted on held-out rows"
-)
-
-NO_PREDICTION_SETS_NOTE = (
-    "the model has no prediction sets: they need images of every class that it was not trained on; give them as "
-    "--calibration, or all old images with --method joint"
-)
-
-
 def build_expanded_model(
-    context: ExpansionContext, selected: SelectedMethod, caches: Sequence[str], request: str, notes: Sequence[str] = ()
+    context: ExpansionContext,
+    selected: SelectedMethod,
+    caches: Sequence[str],
+    request: str,
+    remarks: Sequence[Note] = (),
 ) -> Expansion:
     """The new model, and the result of the expansion.
 
@@ -168,8 +163,8 @@ def build_expanded_model(
         Names of the caches with the training images.
     request : str
         Digest of the request.
-    notes : sequence of str
-        Put before the notes of this function.
+    remarks : sequence of mappings
+        Put before the remarks of this function.
     """
     model, method, policy = context.model, selected.method, context.resolve_policy(selected.method)
     memory = update_replay_memory(selected.step, selected.pipeline, policy, retrained=method == "joint")
@@ -191,12 +186,12 @@ def build_expanded_model(
         history=make_history(context, selected, caches, request),
         path=model.path if model._carries_weights else None,  # the file with its weights
     )
-    notes = [*notes, *_make_notes(context, selected, uncertainty.conformal)]
-    return make_expansion(context, selected, expanded_model, _make_protocol(context, selected), notes)
+    remarks = [*remarks, *_make_remarks(context, selected, uncertainty.conformal)]
+    return make_expansion(context, selected, expanded_model, _make_protocol(context, selected), remarks)
 
 
 def make_expansion(
-    context: ExpansionContext, selected: SelectedMethod, model: Model, protocol: dict[str, Any], notes: Sequence[str]
+    context: ExpansionContext, selected: SelectedMethod, model: Model, protocol: dict[str, Any], remarks: Sequence[Note]
 ) -> Expansion:
     """Make the result, and store it in the model's scores."""
     class_mapping, data, evaluator = context.class_mapping, context.data, selected.evaluator
@@ -213,7 +208,7 @@ def make_expansion(
         outcomes=selected.outcomes,
         recommended=selected.recommended,
         unavailable=selected.unavailable,
-        notes=tuple(notes),
+        remarks=tuple(remarks),
     )
     metrics = collect_metrics(selected.outcomes[0]) if selected.outcomes else {}
     model.scores["expansion"] = {"how": protocol, "metrics": metrics, "result": expansion.to_dict()}
@@ -231,29 +226,32 @@ def _make_protocol(context: ExpansionContext, selected: SelectedMethod) -> dict[
     return {"kind": "new_holdout", "n": n}
 
 
-def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None) -> list[str]:
-    model, class_mapping, data, notes = context.model, context.class_mapping, context.data, []
+def _make_remarks(
+    context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None
+) -> list[Note]:
+    model, class_mapping, data = context.model, context.class_mapping, context.data
+    remarks: list[Note] = []
     if model.calibration is not None and model.calibration.offsets:
-        notes.append("the prior correction is dropped, because it was for the old classes")
+        remarks.append({"kind": "prior_dropped"})
     if model.history.get("balance"):
-        notes.append("the model was trained on resampled rows; the expansion does not resample")
+        remarks.append({"kind": "not_resampled"})
     if (head_name := selected.get_head_name(model)) != model.head_name:
-        notes.append(f"the head is now {head_name}, since {model.head_name} has no closed form from statistics")
+        remarks.append({"kind": "head_changed", "head": head_name, "old_head": model.head_name})
     if selected.method == "statistics":
         statistics = getattr(selected.step.replay_memory, "statistics", None)
         if statistics is not None and statistics.kind == "apart" and (data.new.y < class_mapping.k_old).any():
-            notes.append(SEPARATE_SHRINKAGE_NOTE)
+            remarks.append({"kind": "separate_shrinkage"})
         if class_mapping.dropped:
-            notes.append("the scatter within classes is reduced by the share of images that dropped classes had")
+            remarks.append({"kind": "scatter_reduced"})
     if selected.method not in ("joint", "naive", "statistics", "regroup"):
-        notes.append(BALANCE_NOTE)
+        remarks.append({"kind": "balanced"})
     if data.excluded_counts:
-        notes.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in data.excluded_counts.items()))
+        remarks.append({"kind": "left_out", "counts": dict(data.excluded_counts)})
     if conformal is None and (len(data.calibration) or model.trust.conformal is not None):
-        notes.append(NO_PREDICTION_SETS_NOTE)
-    for text in notes:
-        logger.info(text)
-    return notes
+        remarks.append({"kind": "no_prediction_sets"})
+    for remark in remarks:
+        logger.info(format_note(remark))
+    return remarks
 
 
 def make_history(

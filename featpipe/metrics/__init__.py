@@ -15,6 +15,7 @@ from featpipe.metrics.calibration import (
     fit_temperature,
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
+from featpipe.metrics.notes import Note, format_comparison, format_note
 from featpipe.metrics.protocol import format_protocol
 from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, nan_to_none
 from featpipe.runtime import lazy_imports
@@ -31,6 +32,7 @@ __all__ = [
     "Calibration",
     "Interval",
     "Metric",
+    "Note",
     "PairedComparison",
     "Scores",
     "calibration_error",
@@ -41,6 +43,8 @@ __all__ = [
     "compute_sigmoid_loss",
     "cross_calibrate",
     "fit_temperature",
+    "format_comparison",
+    "format_note",
     "format_protocol",
     "format_score",
     "mcnemar_test",

@@ -20,6 +20,7 @@ from featpipe.data import decode_image
 from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import FineTuningResult, finetune
 from featpipe.finetuning.split import make_splits
+from featpipe.metrics import format_note
 from tests.support.finetuning import Ladder, small_transform, write_photos
 from tests.support.interrupts import interrupt_fine_tuning
 
@@ -138,7 +139,7 @@ def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
     splits = make_splits(model, partly_marked, FineTuneConfig())
     assert {partly_marked.ids[row][-6:-4] for row in splits.test} == {"00"}
     assert len(splits.validation) > 2
-    assert "(test marked by the labels)" in splits.description
+    assert "(test marked by the labels)" in format_note(splits.note)
 
 
 def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tmp_path, photos, model, log):

@@ -15,7 +15,7 @@ from featpipe import backbones, heads
 from featpipe.data import decode_image
 from featpipe.finetuning.batches import EmbeddingNetwork
 from featpipe.finetuning.head_layers import HeadLayers, head_to_layers, initialize_head, layers_to_head
-from featpipe.metrics import Calibration
+from featpipe.metrics import Calibration, format_note
 from tests.support.finetuning import Ladder, small_transform, write_photos
 
 
@@ -113,7 +113,7 @@ def test_a_nearest_neighbour_head_is_replaced_by_a_fitted_linear_head(home, ladd
     initial_head = initialize_head(model, np.asarray(cache.X), y)
     name = "logistic" if labels is None else "ridge"
     assert (
-        initial_head.description
+        format_note(initial_head.note)
         == f"the layer starts as a {name} head fitted on the embeddings: knn cannot become a layer"
     )
     linear_head = heads.build(name, model.task).fit(np.asarray(cache.X), y)

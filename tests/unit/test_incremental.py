@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -427,6 +428,11 @@ def test_statistics_replace_other_heads_by_ridge_with_a_note(
     expansion = expand(models(), new_cache, method="statistics", test=evaluation_cache)
     assert expansion.model.head_name == "ridge"
     assert any("the head is now ridge, since logistic has no closed form" in note for note in expansion.notes)
+    document = json.loads(json.dumps(expansion.to_dict()))
+    assert {"kind": "head_changed", "head": "ridge", "old_head": "logistic"} in document["notes"]
+    assert Expansion.from_dict(expansion.model, document).notes == expansion.notes
+    earlier = {**document, "notes": ["the text of an earlier version"]}
+    assert Expansion.from_dict(expansion.model, earlier).notes == ("the text of an earlier version",)
     model = load_model(expansion.model.expand(more_cache, method="statistics").save(tmp_path / "m.model"))
     X = np.concatenate([cache.X for cache in (old_cache, new_cache, more_cache)]).astype(np.float64)
     names = np.concatenate([cache.y for cache in (old_cache, new_cache, more_cache)]).astype(str)

@@ -63,7 +63,7 @@ def compute_importances(
     if len(np.unique(step.old.y)) == step.k_old:
         rows = np.unique(old_rows)
         logger.info(f"importances of the weights, from {len(rows)} old images")
-        initial_head = InitialHead(layers, np.zeros(1), np.ones(1), "")
+        initial_head = InitialHead(layers, np.zeros(1), np.ones(1), {"kind": "start_head", "head": "old"})
         importances = compute_network_importances(context, backbone, backbone.network, initial_head, rows)
         for name in (f"{last_layer}.weight", f"{last_layer}.bias"):  # new classes have none
             old_importances = importances[name]

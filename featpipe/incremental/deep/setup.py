@@ -35,7 +35,7 @@ from featpipe.incremental.deep.ewc import (
 )
 from featpipe.incremental.deep.methods import DEEP_METHODS, UNSUPPORTED_METHODS, ReplayDataset, make_replay_dataset
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
-from featpipe.metrics import Calibration
+from featpipe.metrics import Calibration, format_note
 from featpipe.model import Model, Uncertainty
 from featpipe.training import EmbeddingDataset, as_list, is_cache
 
@@ -162,8 +162,8 @@ class TrainingSetup:
         expanded_model = _make_expanded_model(context, method, replay_dataset)
         train_set = replay_dataset.pool.take(replay_dataset.is_train)
         initial_head = initialize_head(expanded_model, train_set.features, train_set.y)
-        for text in (splits.description, initial_head.description):
-            logger.info(text)
+        for note in (splits.note, initial_head.note):
+            logger.info(format_note(note))
         is_old = splits.y[splits.test] < full_step.k_old
         sample_weights, logit_adjustment = replay_dataset.compute_sample_weights(pool_rows, len(index))
         finetune_context = FineTuneContext(
@@ -242,5 +242,5 @@ def _make_splits(
     y = np.full(len(cache), -1, np.int64)
     y[test_rows], y[pool_rows] = context.data.test.y, replay_dataset.pool.y
     train, validation, test = np.sort(pool_rows[is_train]), np.sort(pool_rows[~is_train]), np.unique(test_rows)
-    description = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
-    return Splits(train, validation, test, y, description)
+    counts = {"training": len(train), "validation": len(validation), "test": len(test)}
+    return Splits(train, validation, test, y, {"kind": "splits", **counts})

@@ -26,16 +26,13 @@ from featpipe.incremental.metrics import MethodEvaluator, MethodOutcome
 from featpipe.incremental.result import Expansion, build_expanded_model, make_expansion, make_history
 from featpipe.incremental.retention import fit_to_budget
 from featpipe.incremental.select_method import BASELINE_METHODS, SelectedMethod, select_and_fit
-from featpipe.metrics import compute_logits
+from featpipe.metrics import Note, compute_logits, format_note
 from featpipe.model import Model, ReplayMemory, RetentionPolicy, collect_replay_memory
 
 logger = logging.getLogger(__name__)
 
 DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # with an offset between old and new classes after the training
-NETWORK_UNCHANGED_NOTE = (
-    "no epoch was better than the start on the validation images: the network stays as it was, and the result is that "
-    "of expansion on features"
-)
+NETWORK_UNCHANGED: Note = {"kind": "network_unchanged"}
 
 
 def expand_network(
@@ -77,9 +74,9 @@ def expand_network(
     setup = TrainingSetup.create(context, method, deep_config, full_step)
     trained = train_network(setup.finetune_context, setup.backbone, setup.initial_head, deep_config.resume)
     if trained.best_epoch.number == 0 and METHODS[method].missing_requirement(full_step) is None:
-        logger.info(NETWORK_UNCHANGED_NOTE)
+        logger.info(format_note(NETWORK_UNCHANGED))
         return build_expanded_model(
-            original_context, select_and_fit(original_context, method), caches, request, notes=(NETWORK_UNCHANGED_NOTE,)
+            original_context, select_and_fit(original_context, method), caches, request, remarks=(NETWORK_UNCHANGED,)
         )
     return _make_result(setup, trained, caches, request, round(perf_counter() - started, 3))
 
@@ -89,29 +86,29 @@ def _make_result(
 ) -> Expansion:
     """The model, and how training the network compares with features alone on images that neither has seen."""
     context, finetune_context, evaluator = setup.context, setup.finetune_context, None
-    unchanged_notes = [NETWORK_UNCHANGED_NOTE] if trained.best_epoch.number == 0 else []
-    layers = trained.layers if unchanged_notes else _correct_bias(setup, trained)
+    is_unchanged = trained.best_epoch.number == 0
+    layers = trained.layers if is_unchanged else _correct_bias(setup, trained)
     model = trained.to_model(layers=layers, calibrate=False)  # the temperature is in the layers
     model.kept = make_replay_memory(setup, trained, model, layers)
     outcomes: tuple[MethodOutcome, ...] = ()
-    notes = [
-        setup.initial_head.description,
-        finetune_context.splits.description,
-        *unchanged_notes,
-        *describe_lost_parts(context.model.kept, model.kept),
+    remarks: list[Note] = [
+        setup.initial_head.note,
+        finetune_context.splits.note,
+        *([NETWORK_UNCHANGED] if is_unchanged else []),
+        *note_lost_parts(context.model.kept, model.kept),
     ]
     if len(context.data.test):
         evaluator = MethodEvaluator.from_step(context.data.test, setup.full_step, *context.get_past_steps())
-        outcomes, verdict = _compare_outcomes(setup, evaluator, model, trained, seconds)
-        notes += [verdict] if verdict else []
-    for text in notes[2:]:
-        logger.info(text)
+        outcomes, effect = _compare_outcomes(setup, evaluator, model, trained, seconds)
+        remarks += [] if effect is None else [effect]
+    for remark in remarks[2:]:
+        logger.info(format_note(remark))
     selected = SelectedMethod(setup.method, model.head, setup.full_step, outcomes, evaluator)
     training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": trained.best_epoch.number}
     history = make_history(context, selected, caches, request, **training_details)
     model.history |= {name: history[name] for name in ("trained_on", "steps", "judged", "expansions")}
     n = len(context.data.test)
-    return make_expansion(context, selected, model, {"kind": "unseen", "n": n} if n else {"kind": "none"}, notes)
+    return make_expansion(context, selected, model, {"kind": "unseen", "n": n} if n else {"kind": "none"}, remarks)
 
 
 def _correct_bias(setup: TrainingSetup, trained: TrainedNetwork) -> HeadLayers:
@@ -140,8 +137,8 @@ def _compare_outcomes(
     model: Model,
     trained: TrainedNetwork,
     seconds: float,
-) -> tuple[tuple[MethodOutcome, ...], str]:
-    """The rows of the table, the trained network first, and the verdict on it."""
+) -> tuple[tuple[MethodOutcome, ...], Note | None]:
+    """The rows of the table, the trained network first, and the effect of training it."""
     method, full_step = setup.method, setup.full_step
     X = setup.load_embeddings(trained.cache, find_rows(setup.finetune_context.base_cache, evaluator.test))
     is_correct = np.asarray(compute_logits(model.head, X).argmax(axis=1) == evaluator.test.y)
@@ -158,19 +155,20 @@ def _compare_outcomes(
             duration = round(perf_counter() - started, 3)
             outcomes.append(evaluator.make_outcome(f"{name} on features", correct_by_method[name], seconds=duration))
     if method not in correct_by_method:
-        return tuple(outcomes), ""
-    return tuple(outcomes), _describe_change(evaluator, is_correct, correct_by_method[method])
+        return tuple(outcomes), None
+    return tuple(outcomes), _note_change(evaluator, is_correct, correct_by_method[method])
 
 
-def _describe_change(
+def _note_change(
     evaluator: MethodEvaluator, is_correct: NDArray[np.bool_], is_correct_on_features: NDArray[np.bool_]
-) -> str:
+) -> Note:
     change = evaluator.paired_difference(is_correct, is_correct_on_features)
+    values = {"value": change.value, "low": change.low, "high": change.high}
     if change.low > 0:
-        return f"training the network improved accuracy by {change}"
+        return {"kind": "network_improved", "change": values}
     if change.high < 0:
-        return f"training the network cost accuracy ({change}): expand without --unfreeze"
-    return f"training the network made no difference beyond chance ({change}); without --unfreeze it takes seconds"
+        return {"kind": "network_cost", "change": values}
+    return {"kind": "network_no_difference", "change": values}
 
 
 def _make_curves(trained: TrainedNetwork) -> dict[str, list[Any]]:
@@ -237,9 +235,9 @@ def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadL
     }
 
 
-def describe_lost_parts(old_memory: ReplayMemory | None, new_memory: ReplayMemory | None) -> list[str]:
+def note_lost_parts(old_memory: ReplayMemory | None, new_memory: ReplayMemory | None) -> list[Note]:
     """A note on retained data that belongs to the old network's embeddings and is dropped."""
     old_parts = {} if old_memory is None else old_memory.to_summary()["bytes"]
     new_parts = {} if new_memory is None else new_memory.to_summary()["bytes"]
     lost_parts = [part for part in old_parts if part not in new_parts]
-    return [f"dropped, since the embeddings have changed: {', '.join(lost_parts)}"] if lost_parts else []
+    return [{"kind": "retained_data_dropped", "parts": lost_parts}] if lost_parts else []
