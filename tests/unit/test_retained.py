@@ -137,7 +137,7 @@ def test_importances_are_mean_squared_gradients(training_rows: Any, monkeypatch:
             total += float(scores[code].detach().exp()) * squared
     assert np.allclose(compute_fisher_diagonal(layer, Z), total / len(Z), rtol=1e-10, atol=1e-14)
     for batch in (1, 5, 44):
-        monkeypatch.setattr(last_layer, "BLOCK_ROWS", batch)
+        monkeypatch.setattr(last_layer, "FEATURE_BLOCK_ROWS", batch)
         assert np.allclose(compute_fisher_diagonal(layer, Z), total / len(Z), rtol=1e-10, atol=1e-14)
 
 
