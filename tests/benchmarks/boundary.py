@@ -71,7 +71,7 @@ from featpipe.backbones.partition import partition_network
 from featpipe.backbones.outputs import resolve_outputs
 from featpipe.backbones.stages import find_stages
 from featpipe.inference import Engine, resolve_device
-from featpipe.bench import _Benchmark, _combined_rate
+from featpipe.bench import _Benchmark, _combine_rates
 from featpipe.config import ExtractionConfig
 folder, out, name, epochs, precision = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 cache = featpipe.extract(folder, backbone=name, weights=None if "lite" in name else "none", cache=out, device="cpu")
@@ -102,7 +102,7 @@ config = ExtractionConfig(backbone=below, device="cpu", engine="torch", outputs=
 bench = _Benchmark(config, resolve_device("cpu"), below, 20.0, lambda event: None)
 pictures, decoding = bench.measure_decoding([path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:128]])
 forward = bench._measure_forward(Engine(below, bench.device, kind="torch", images=10**6), pictures)
-once = 1 / _combined_rate("cpu", math.inf, decoding, forward)
+once = 1 / _combine_rates("cpu", math.inf, decoding, forward)
 for key, parameter in network.named_parameters():
     parameter.requires_grad_(key in last)
 upper = torch.nn.Sequential(partition.upper, torch.nn.Linear(loaded.width, 4))

@@ -49,7 +49,7 @@ import json, sys, numpy as np
 from featpipe import extract
 from featpipe.inference import resolve_device
 from featpipe.extraction import load_backbone
-from featpipe.bench import _Benchmark, _combined_rate
+from featpipe.bench import _Benchmark, _combine_rates
 from featpipe.runtime import ignore_progress
 from featpipe.config import ExtractionConfig
 tar, out, name, engine, precision, peer = sys.argv[1:]
@@ -69,7 +69,7 @@ from featpipe.inference import Engine
 inference_engine = Engine(bench.backbone, bench.device, precision, kind=engine, images=10**6)
 forward = bench._measure_forward(inference_engine, pictures)
 print(json.dumps({"engine": cache.manifest["engine"], "rate": cache.manifest["images_per_second"], "decoding": decoding,
-    "forward": forward, "bound": _combined_rate("cpu", float("inf"), decoding, forward), "cosine": float(cosine.min()),
+    "forward": forward, "bound": _combine_rates("cpu", float("inf"), decoding, forward), "cosine": float(cosine.min()),
     "preparing": cache.manifest["seconds"]["preparing"], "seconds": cache.manifest["seconds"]}))
 """
 VARIANTS = [("torch", "fp32"), ("openvino", "fp32"), ("torch", "bf16"), ("openvino", "bf16")]

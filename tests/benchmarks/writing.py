@@ -14,20 +14,21 @@ from time import perf_counter
 
 from extraction import write_photographs
 
-from featpipe import extract, extraction
+from featpipe import extract
+from featpipe.extraction import plan
 
 
 def main() -> None:
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     publishing = [0.0]
-    write = extraction.write_cache
+    write = plan.write_cache
 
     def write_and_time(*arguments: object) -> None:
         started = perf_counter()
         write(*arguments)  # type: ignore[arg-type]
         publishing[0] += perf_counter() - started
 
-    extraction.write_cache = write_and_time
+    plan.write_cache = write_and_time
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photographs"
         write_photographs(folder, n)

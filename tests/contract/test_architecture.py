@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -105,6 +106,21 @@ def test_every_option_has_a_help_text(name):
     for parameter in get_commands()[name].params:
         if isinstance(parameter, click.Option) and not isinstance(parameter.type, click.Choice):
             assert parameter.help, parameter.name
+
+
+def test_benchmarks_and_documents_import_names_that_exist():
+    """Also in the scripts that benchmarks keep as text for processes of their own."""
+    for path in [*ROOT.glob("tests/benchmarks/*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+        for module, names in re.findall(
+            r"^(?:\s*|>>> )from (featpipe[\w.]*) import ([\w, ]+)$", path.read_text(), re.MULTILINE
+        ):
+            for name in re.split(r", *", names):
+                name = name.split(" as ")[0]
+                imported = importlib.import_module(module)
+                exists = hasattr(imported, name) or (
+                    hasattr(imported, "__path__") and find_spec(f"{module}.{name}") is not None
+                )
+                assert exists, f"{path.name}: from {module} import {name}"
 
 
 LARGE_MODULES = {"huggingface_hub", "openvino", "pandas", "scipy", "sklearn", "skops", "timm", "torch", "torchvision"}
