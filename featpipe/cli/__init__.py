@@ -34,7 +34,7 @@ class _Interrupted(Exception):
         super().__init__(
             "interrupted; finished work is kept, run the same command again to resume"
             if resumes
-            else "interrupted; nothing was written"
+            else "interrupted; no output was written"
         )
 
 

@@ -211,7 +211,7 @@ def test_an_interrupted_training_says_that_nothing_was_written(cache, tmp_path, 
 
     monkeypatch.setattr("featpipe.training.train_or_load", interrupt)
     result = run_command("train", cache, "--out", tmp_path / "a.model", code=1)
-    assert result.stderr.splitlines()[-1] == "featpipe: interrupted; nothing was written"
+    assert result.stderr.splitlines()[-1] == "featpipe: interrupted; no output was written"
     assert list(tmp_path.iterdir()) == []
 
 

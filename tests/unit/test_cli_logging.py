@@ -83,7 +83,7 @@ ERRORS = [
     (TimeLimitError("over"), 75, "time-limit", "over"),
     (KeyboardInterrupt(), 1, "interrupted", "interrupted"),
     (cli._Interrupted("extract"), 1, "interrupted", "interrupted; finished work is kept, run the same command again"),
-    (cli._Interrupted("train"), 1, "interrupted", "interrupted; nothing was written"),
+    (cli._Interrupted("train"), 1, "interrupted", "interrupted; no output was written"),
     (click.UsageError("which?"), 2, "usage", "which?"),
     (ZeroDivisionError("oh"), 1, "bug", "ZeroDivisionError: oh"),
 ]
