@@ -49,8 +49,8 @@ class Expansion:
         The selected method first, then those for comparison.
     recommended : str or None
         If all methods were compared.
-    unavailable : dict
-        Methods that could not be used, with the reason.
+    missing_requirements : mapping from method to mapping
+        Why methods could not be used, see :func:`featpipe.metrics.format_note`; text in earlier files.
     remarks : tuple of mappings
         See :func:`featpipe.metrics.format_note`; text in earlier files.
     """
@@ -65,8 +65,13 @@ class Expansion:
     before: Interval | None = None
     outcomes: tuple[MethodOutcome, ...] = ()
     recommended: str | None = None
-    unavailable: Mapping[str, str] = field(default_factory=dict)
+    missing_requirements: Mapping[str, Note | str] = field(default_factory=dict)
     remarks: tuple[Note | str, ...] = ()
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """Methods that could not be used, with the reason as text."""
+        return {method: format_note(reason) for method, reason in self.missing_requirements.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ class Expansion:
             "before": None if self.before is None else nan_to_none(vars(self.before)),
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
             "recommended": self.recommended,
-            "unavailable": dict(self.unavailable),
+            "unavailable": dict(self.missing_requirements),
             "notes": list(self.remarks),
         }
 
@@ -207,7 +212,7 @@ def make_expansion(
         before=None if evaluator is None else evaluator.make_outcome("before", evaluator.correct_before).old,
         outcomes=selected.outcomes,
         recommended=selected.recommended,
-        unavailable=selected.unavailable,
+        missing_requirements=selected.unavailable,
         remarks=tuple(remarks),
     )
     metrics = collect_metrics(selected.outcomes[0]) if selected.outcomes else {}

@@ -20,6 +20,7 @@ from featpipe.incremental.methods import METHODS, make_regrouped_head
 from featpipe.incremental.metrics import MethodEvaluator, MethodOutcome, TrainingCurves
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.incremental.retention import compute_memory_bytes
+from featpipe.metrics import Note, format_note
 from featpipe.model import Model
 from featpipe.runtime import Progress
 
@@ -44,7 +45,7 @@ class SelectedMethod:
         None without test images.
     recommended : str or None
         The method that ``all`` recommends.
-    unavailable : mapping from method to the reason
+    unavailable : mapping from method to the reason, a note
     """
 
     method: str
@@ -53,7 +54,7 @@ class SelectedMethod:
     outcomes: tuple[MethodOutcome, ...] = ()
     evaluator: MethodEvaluator | None = None
     recommended: str | None = None
-    unavailable: Mapping[str, str] = field(default_factory=dict)
+    unavailable: Mapping[str, Note] = field(default_factory=dict)
 
     def get_head_name(self, model: Model) -> str:
         """The name of the head: ``statistics`` replaces heads of the old model that have no closed form."""
@@ -82,7 +83,7 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
     }
     available = [name for name in METHODS if name not in unavailable]
     if method in unavailable:
-        raise ConfigError(f"{method} {unavailable[method]}. Available methods: {', '.join(available)}")
+        raise ConfigError(f"{method} {format_note(unavailable[method])}. Available methods: {', '.join(available)}")
     evaluation_data = context.data.with_holdout()
     if not len(evaluation_data.test):
         if method == "all":
@@ -119,7 +120,7 @@ def _compare_methods(
     names: Sequence[str],
     evaluation_data: ExpansionData,
     full_step: IncrementalStep,
-    unavailable: Mapping[str, str],
+    unavailable: Mapping[str, Note],
 ) -> SelectedMethod:
     step = context.make_step(evaluation_data)
     evaluator = MethodEvaluator.from_step(evaluation_data.test, step, *context.get_past_steps())

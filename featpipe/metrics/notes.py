@@ -34,6 +34,13 @@ _TEMPLATES = {
     "network_unchanged": "no epoch was better than the start on the validation images: the network stays as it was, "
     "and the result is that of expansion on features",
     "retained_data_dropped": "dropped, since the embeddings have changed: {parts}",
+    "needs_last_layer": "is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this head is a "
+    "{head}",
+    "needs_new_images": "needs new images, and there are none",
+    "needs_new_classes": "trains only new classes, and there are none",
+    "needs_old_images": "needs old images of every class, and there are none of {classes}; give the old cache too",
+    "needs_retained_data": "needs {part} of the old classes, and the model retains none: train it with --keep {keep}, "
+    "or give the cache that it was trained on too",
     "network_improved": "training the network improved accuracy by {change}",
     "network_cost": "training the network cost accuracy ({change}): expand without --unfreeze",
     "network_no_difference": "training the network made no difference beyond chance ({change}); without --unfreeze it "

@@ -431,7 +431,8 @@ def test_statistics_replace_other_heads_by_ridge_with_a_note(
     document = json.loads(json.dumps(expansion.to_dict()))
     assert {"kind": "head_changed", "head": "ridge", "old_head": "logistic"} in document["notes"]
     assert Expansion.from_dict(expansion.model, document).notes == expansion.notes
-    earlier = {**document, "notes": ["the text of an earlier version"]}
+    earlier = {**document, "notes": ["the text of an earlier version"], "unavailable": {"joint": "needs all images"}}
+    assert Expansion.from_dict(expansion.model, earlier).unavailable == {"joint": "needs all images"}
     assert Expansion.from_dict(expansion.model, earlier).notes == ("the text of an earlier version",)
     model = load_model(expansion.model.expand(more_cache, method="statistics").save(tmp_path / "m.model"))
     X = np.concatenate([cache.X for cache in (old_cache, new_cache, more_cache)]).astype(np.float64)

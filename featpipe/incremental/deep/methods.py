@@ -22,6 +22,7 @@ from featpipe.incremental.methods import (
     make_initial_head,
 )
 from featpipe.incremental.problem import IncrementalStep
+from featpipe.metrics import Note, format_note
 from featpipe.model import ReplayMemory
 from featpipe.splits import SplitSeed
 from featpipe.training import EmbeddingDataset
@@ -101,7 +102,7 @@ class DeepMethod:
     """
 
     select_old_images: Callable[[IncrementalStep], EmbeddingDataset]
-    missing_requirement: Callable[[IncrementalStep], str | None]
+    missing_requirement: Callable[[IncrementalStep], Note | str | None]
     make_head: Callable[[IncrementalStep], Pipeline]
     distill_strength: float = 0.0
 
@@ -110,7 +111,8 @@ def find_missing_requirement(method: str, step: IncrementalStep) -> str | None:
     """Why a method cannot train the network; None if it can."""
     if not len(step.new):
         return "with --unfreeze needs new images, and there are none"
-    return DEEP_METHODS[method].missing_requirement(step)
+    reason = DEEP_METHODS[method].missing_requirement(step)
+    return None if reason is None else format_note(reason)
 
 
 def select_default_method(step: IncrementalStep) -> str:
@@ -186,7 +188,7 @@ def _explain_missing_exemplar_images(step: IncrementalStep) -> str | None:
     )
 
 
-def _explain_missing_importances(step: IncrementalStep) -> str | None:
+def _explain_missing_importances(step: IncrementalStep) -> Note | str | None:
     if (reason := explain_missing_last_layer(step)) is not None:
         return reason
     if step.k_old < 2:

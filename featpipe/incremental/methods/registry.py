@@ -20,8 +20,11 @@ from featpipe.incremental.methods.bias_correction import fit_frozen_old
 from featpipe.incremental.methods.regularized import fit_distill, fit_ewc, fit_naive
 from featpipe.incremental.methods.replay import fit_replay
 from featpipe.incremental.problem import IncrementalStep
+from featpipe.metrics import Note
 
-Requirement = Callable[[IncrementalStep], str | None]  # the reason why a method is unavailable, None if it is available
+Requirement = Callable[
+    [IncrementalStep], Note | None
+]  # the reason why a method is unavailable, None if it is available
 
 
 @dataclass(frozen=True)
@@ -65,46 +68,42 @@ def fit_closed_form(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pi
     return fit_from_statistics(make_closed_form_head(pipeline, statistics.kind), statistics)
 
 
-def explain_missing_last_layer(step: IncrementalStep) -> str | None:
+def explain_missing_last_layer(step: IncrementalStep) -> Note | None:
     """For methods that train a last layer."""
     if step.layer is None:
         kind = type(get_base_head(step.pipeline[-1])).__name__
-        return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this head is a {kind}"
+        return {"kind": "needs_last_layer", "head": kind}
     return explain_missing_new_rows(step)
 
 
-def explain_missing_new_rows(step: IncrementalStep) -> str | None:
+def explain_missing_new_rows(step: IncrementalStep) -> Note | None:
     """For methods that train on new images."""
-    return None if len(step.new) else "needs new images, and there are none"
+    return None if len(step.new) else {"kind": "needs_new_images"}
 
 
-def explain_missing_new_class(step: IncrementalStep) -> str | None:
+def explain_missing_new_class(step: IncrementalStep) -> Note | None:
     """For methods that train new classes only."""
-    return None if step.class_mapping.new_classes else "trains only new classes, and there are none"
+    return None if step.class_mapping.new_classes else {"kind": "needs_new_classes"}
 
 
-def explain_missing_old_images(step: IncrementalStep) -> str | None:
+def explain_missing_old_images(step: IncrementalStep) -> Note | None:
     """For methods that train on old images: some of each class."""
     missing = np.setdiff1d(np.arange(step.k_old), step.old.y)
     if not len(missing):
         return None
-    names = ", ".join(repr(step.class_mapping.classes[code]) for code in missing[:3])
-    return f"needs old images of every class, and there are none of {names}; give the old cache too"
+    return {"kind": "needs_old_images", "classes": [repr(step.class_mapping.classes[code]) for code in missing[:3]]}
 
 
 def make_memory_requirement(part: str, keep_option: str) -> Requirement:
     """For methods that use a part of the model's retained data, or old images instead."""
 
-    def find_missing(step: IncrementalStep) -> str | None:
+    def find_missing(step: IncrementalStep) -> Note | None:
         value = getattr(step.replay_memory, part, None)
         if value is not None and (part != "rows" or len(value)):
             return None
         if explain_missing_old_images(step) is None and (step.has_all_old_rows or part == "rows"):
             return None
-        return (
-            f"needs {part} of the old classes, and the model retains none: train it with --keep {keep_option}, "
-            "or give the cache that it was trained on too"
-        )
+        return {"kind": "needs_retained_data", "part": part, "keep": keep_option}
 
     return find_missing
 
