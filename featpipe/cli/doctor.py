@@ -12,18 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 
 import featpipe
 from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import print_json
 from featpipe.errors import CacheError, FeatpipeError
 from featpipe.runtime import available_bytes, format_size, format_table, printable
-from featpipe.storage import lock_file
+from featpipe.storage import lock_file, make_temporary_path
 
 MIN_FREE_DISK_BYTES = 1 << 30  # a cache of 200,000 embeddings of width 1280 in float32 takes as much
 MIN_FREE_MEMORY_BYTES = 2 << 30  # torch and a large network take about as much
-DEVELOPMENT_EXTRAS = ("test",)
 
 
 @click.command()
@@ -119,25 +118,16 @@ class Check:
 
 def list_packages() -> list[Package]:
     """The packages that featpipe and its extras require, with their installed versions."""
+    extras = [
+        extra for extra in importlib.metadata.metadata("featpipe").get_all("Provides-Extra") or [] if extra != "test"
+    ]
     packages: dict[str, Package] = {}
-    for text in importlib.metadata.requires("featpipe") or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        extra = None
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            extra = next(
-                (name for name in _list_extras() if requirement.marker.evaluate({"extra": name})), DEVELOPMENT_EXTRAS[0]
-            )
-        if extra not in DEVELOPMENT_EXTRAS and requirement.name not in (*packages, "featpipe"):
-            packages[requirement.name] = _inspect_package(requirement, extra)
+    for requirement in map(Requirement, importlib.metadata.requires("featpipe") or ()):
+        for extra in (None, *extras):
+            is_required = requirement.marker is None or requirement.marker.evaluate({"extra": extra or ""})
+            if is_required and requirement.name not in (*packages, "featpipe"):
+                packages[requirement.name] = _inspect_package(requirement, extra)
     return sorted(packages.values(), key=lambda package: (package.extra or "", package.name))
-
-
-def _list_extras() -> list[str]:
-    extras = importlib.metadata.metadata("featpipe").get_all("Provides-Extra") or []
-    return [extra for extra in extras if extra not in DEVELOPMENT_EXTRAS]
 
 
 def _inspect_package(requirement: Requirement, extra: str | None) -> Package:
@@ -226,7 +216,7 @@ def _check_disk(name: str, folder: Path, option: str) -> Check:
 
 
 def _check_locks(folder: Path) -> Check:
-    path = folder / f".{os.getpid()}.{os.urandom(6).hex()}.lock"
+    path = make_temporary_path(folder)
     try:
         with lock_file(path):
             return Check("file locks", "work")

@@ -142,7 +142,7 @@ def _model_to_dict(path: Path) -> dict[str, Any]:
 
 
 def _format_model(details: dict[str, Any]) -> str:
-    from featpipe.metrics import format_comparison, format_protocol
+    from featpipe.metrics import ProbeComparison, format_protocol
 
     history = details.pop("history")
     estimates = [estimate for estimate in details["scores"].values() if isinstance(estimate, dict)]
@@ -161,8 +161,8 @@ def _format_model(details: dict[str, Any]) -> str:
         ],
     }
     if isinstance(result, dict):
-        comparison_text = format_comparison(result["comparison"])
-        details["fine_tuning"] = f"the {result['kept']} model is kept; {comparison_text}"
+        verdict = ProbeComparison(**result["comparison"]).verdict()
+        details["fine_tuning"] = f"the {result['kept']} model is kept; {verdict}"
     shown = {name.replace("_", " "): value for name, value in details.items() if value not in (None, {}, [])}
     return "\n".join(f"{name:<18}{_format_value(value)}" for name, value in shown.items())
 

@@ -66,12 +66,10 @@ def run(
         return
     if recipe is None:
         raise click.UsageError("Missing argument 'RECIPE'; --list shows the built-in ones.")
-    from featpipe.experiments import parse_changes
-
-    changes = parse_changes(settings)
-    from featpipe.experiments import plan_run
+    from featpipe.experiments import parse_changes, plan_run
     from featpipe.experiments import run as run_recipe
 
+    changes = parse_changes(settings)
     if dry_run:
         plan = plan_run(recipe, archives or None, changes=changes, out=out)
         print_json(plan.to_dict()) if as_json else click.echo(plan.table())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from featpipe.cli.logging import HANDLER, is_json, log_message
-from featpipe.runtime import Progress, ProgressBar
+from featpipe.runtime import Progress, ProgressBar, nan_to_none
 
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
@@ -68,15 +66,7 @@ def get_command_line() -> str:
 
 def print_json(value: object) -> None:
     """Print JSON to stdout; numbers that JSON cannot hold (NaN, infinity) become null."""
-    click.echo(json.dumps(_replace_non_finite(value), indent=2, ensure_ascii=False, default=str, allow_nan=False))
-
-
-def _replace_non_finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_replace_non_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, default=str, allow_nan=False))
 
 
 def print_cache(cache: FeatureCache, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from featpipe.finetuning.context import NON_TRAINING_SETTINGS, FineTuneContext, 
 from featpipe.finetuning.finetune import finetune
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, head_to_layers, initialize_head
 from featpipe.finetuning.loss_terms import LossTerm
-from featpipe.finetuning.result import FineTuningResult, ProbeComparison
+from featpipe.finetuning.result import FineTuningResult
 from featpipe.finetuning.split import Splits
 from featpipe.finetuning.train import open_trainer, train_network
 from featpipe.finetuning.trained_network import TrainedNetwork
@@ -30,7 +30,6 @@ __all__ = [
     "HeadLayers",
     "InitialHead",
     "LossTerm",
-    "ProbeComparison",
     "Splits",
     "TrainedNetwork",
     "Trainer",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,56 +15,16 @@ from featpipe.metrics import (
     METRICS,
     Interval,
     Note,
+    ProbeComparison,
     Scores,
     compare_paired,
-    format_comparison,
     format_note,
+    format_stored_interval,
     mcnemar_test,
-    nan_to_none,
     score,
 )
 from featpipe.model import Model
-
-
-@dataclass(frozen=True, eq=False)
-class ProbeComparison:
-    """Probe and fine-tuned model on the same test rows.
-
-    Attributes
-    ----------
-    n : int
-        Test rows.
-    main : str
-        The metric that decides which model is better.
-    metrics : list of dict
-        For each score: ``name``, ``probe`` and ``tuned`` (value, low, high), ``difference`` (value, low, high), ``p``.
-    per_class : list of dict
-        For each class ``name``, ``rows``, ``probe`` and ``tuned`` (recall, low, high), ``p``; empty for other tasks.
-    """
-
-    n: int
-    main: str
-    metrics: list[dict[str, Any]]
-    per_class: list[dict[str, Any]]
-
-    @property
-    def gain(self) -> float:
-        """How much better the fine-tuned model is by the main metric."""
-        value = next(row["difference"][0] for row in self.metrics if row["name"] == self.main)
-        return METRICS[self.main].gain(value)
-
-    @property
-    def sure(self) -> bool:
-        """Whether the interval of the difference is on one side of zero."""
-        low, high = next(row["difference"][1:] for row in self.metrics if row["name"] == self.main)
-        return low is not None and high is not None and not low <= 0 <= high
-
-    def verdict(self) -> str:
-        """Summarize the comparison in one sentence."""
-        return format_comparison(self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"n": self.n, "main": self.main, "metrics": self.metrics, "per_class": self.per_class}
+from featpipe.runtime import nan_to_none
 
 
 def compare_models(
@@ -121,11 +80,6 @@ def _compare_classes(
 
 def _to_list(interval: Interval) -> list[float | None]:
     return list(nan_to_none([interval.value, interval.low, interval.high]))
-
-
-def _format_interval(values: list[float | None], signed: bool = False) -> str:
-    interval = Interval(*(math.nan if value is None else value for value in values))
-    return f"{'+' if signed and interval.value > 0 else ''}{interval}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +143,8 @@ class FineTuningResult:
         """A header, and a row for each metric."""
         rows = [["", "probe", "fine-tuned", "difference", "p"]]
         for row in self.comparison.metrics:
-            intervals = _format_interval(row["probe"]), _format_interval(row["tuned"])
-            difference = _format_interval(row["difference"], signed=True)
+            intervals = format_stored_interval(row["probe"]), format_stored_interval(row["tuned"])
+            difference = format_stored_interval(row["difference"], signed=True)
             rows.append([METRICS[row["name"]].title, *intervals, difference, _format_p(row["p"])])
         return rows
 
@@ -198,7 +152,7 @@ class FineTuningResult:
         """A header, and a row with the recall of each class; the header alone for tasks other than classification."""
         rows = [["class", "rows", "probe", "fine-tuned", "p"]]
         for row in self.comparison.per_class:
-            intervals = _format_interval(row["probe"]), _format_interval(row["tuned"])
+            intervals = format_stored_interval(row["probe"]), format_stored_interval(row["tuned"])
             rows.append([row["name"], str(row["rows"]), *intervals, _format_p(row["p"])])
         return rows
 

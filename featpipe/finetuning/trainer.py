@@ -22,8 +22,7 @@ from featpipe.finetuning.loss_terms import LossTerm
 from featpipe.finetuning.optim import make_optimizer, make_parameter_groups
 from featpipe.finetuning.unfreeze import UnfrozenParameters
 from featpipe.heads import LossFunction
-from featpipe.metrics import nan_to_none
-from featpipe.runtime import ProgressCallback, ignore_progress
+from featpipe.runtime import ProgressCallback, ignore_progress, nan_to_none
 
 HEAD_PREFIX, BACKBONE_PREFIX = "head.", "backbone."  # before the names of parameters
 

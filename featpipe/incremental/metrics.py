@@ -16,7 +16,8 @@ from sklearn.pipeline import Pipeline
 from featpipe.heads import LastLayer
 from featpipe.incremental.last_layer_loss import Array
 from featpipe.incremental.problem import IncrementalStep
-from featpipe.metrics import Interval, compute_logits, nan_to_none
+from featpipe.metrics import Interval, compute_logits
+from featpipe.runtime import nan_to_none
 from featpipe.training import EmbeddingDataset
 
 N_RESAMPLES = 1000

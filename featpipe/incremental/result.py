@@ -17,8 +17,9 @@ from featpipe.incremental.methods import METHODS
 from featpipe.incremental.metrics import MethodOutcome, read_interval
 from featpipe.incremental.retention import fit_to_budget, update_replay_memory
 from featpipe.incremental.select_method import SelectedMethod
-from featpipe.metrics import Interval, Note, format_note, format_protocol, nan_to_none
+from featpipe.metrics import Interval, Note, format_note, format_protocol
 from featpipe.model import STORED_DIGEST_BYTES, ConformalPredictor, Model
+from featpipe.runtime import nan_to_none
 
 logger = logging.getLogger(__name__)
 

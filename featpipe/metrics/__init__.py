@@ -15,9 +15,9 @@ from featpipe.metrics.calibration import (
     fit_temperature,
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
-from featpipe.metrics.notes import Note, format_comparison, format_note
-from featpipe.metrics.protocol import format_protocol
-from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, nan_to_none
+from featpipe.metrics.notes import Note, format_note, format_protocol
+from featpipe.metrics.probe_comparison import ProbeComparison, format_stored_interval
+from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores
 from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "Metric",
     "Note",
     "PairedComparison",
+    "ProbeComparison",
     "Scores",
     "calibration_error",
     "compare_paired",
@@ -43,12 +44,11 @@ __all__ = [
     "compute_sigmoid_loss",
     "cross_calibrate",
     "fit_temperature",
-    "format_comparison",
     "format_note",
     "format_protocol",
     "format_score",
+    "format_stored_interval",
     "mcnemar_test",
-    "nan_to_none",
     "score",
     "wilson_interval",
 ]

@@ -1,17 +1,28 @@
-"""Notes on results of fine-tuning and expansion: data in models and results, text where they are shown."""
+"""How scores were measured, and notes on results: data in models and results, text where they are shown."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from featpipe.metrics.intervals import Interval
-from featpipe.metrics.scores import METRICS
 
 Note = Mapping[str, Any]
 
 _TEMPLATES = {
+    # how scores were measured, or settings compared
+    "folds": "{folds}-fold cross-validation on the {n} training images",
+    "time_spans": "{folds} time spans, each predicted from the earlier ones: {n:,} of {n_rows:,} training images",
+    "since": "fitted on images before {since}, scored on the {n:,} images since then",
+    "inner_folds": "best of {candidates} on {folds} inner folds of {n:,} rows",
+    "not_tuned": "not tuned: a class has a single image",
+    "holdout": "{n} images held out",
+    "unseen": "{n:,} images that were not trained on",
+    "given": "{n:,} given test images",
+    "new_holdout": "{n:,} new images, held out and trained on afterwards",
+    "given_and_new_holdout": "{given:,} given test images and {n:,} new images, held out and trained on afterwards",
+    "none": "no test images",
+    # fine-tuning: the images, and what training starts from
     "splits": "{training} training, {validation} validation and {test} test images",
     "marked_splits": "{training} training, {validation} validation and {test} test images ({marked} marked by the "
     "labels)",
@@ -19,6 +30,7 @@ _TEMPLATES = {
     "start_fitted_head": "the layer starts as a {head} head fitted on the embeddings: {old_head} cannot become a layer",
     "start_untrained": "an untrained network and a new layer: the architecture alone",
     "no_better_epoch": "no epoch was better than the start on the validation images; the comparison is of the start",
+    # expansion
     "prior_dropped": "the prior correction is dropped, because it was for the old classes",
     "not_resampled": "the model was trained on resampled rows; the expansion does not resample",
     "head_changed": "the head is now {head}, since {old_head} has no closed form from statistics",
@@ -34,6 +46,7 @@ _TEMPLATES = {
     "network_unchanged": "no epoch was better than the start on the validation images: the network stays as it was, "
     "and the result is that of expansion on features",
     "retained_data_dropped": "dropped, since the embeddings have changed: {parts}",
+    # why a method of expansion is unavailable
     "needs_last_layer": "is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this head is a "
     "{head}",
     "needs_new_images": "needs new images, and there are none",
@@ -41,6 +54,7 @@ _TEMPLATES = {
     "needs_old_images": "needs old images of every class, and there are none of {classes}; give the old cache too",
     "needs_retained_data": "needs {part} of the old classes, and the model retains none: train it with --keep {keep}, "
     "or give the cache that it was trained on too",
+    # the effect of training the network
     "network_improved": "training the network improved accuracy by {change}",
     "network_cost": "training the network cost accuracy ({change}): expand without --unfreeze",
     "network_no_difference": "training the network made no difference beyond chance ({change}); without --unfreeze it "
@@ -48,8 +62,28 @@ _TEMPLATES = {
 }
 
 
+def format_protocol(protocol: Mapping[str, Any] | str) -> str:
+    """Describe how scores were measured, or settings compared.
+
+    Parameters
+    ----------
+    protocol : mapping or str
+        What models and results hold under ``how``: a ``kind`` and its numbers. Older files hold the text itself.
+
+    Examples
+    --------
+    >>> format_protocol({"kind": "folds", "folds": 5, "n": 90, "groups": 30})
+    '5-fold cross-validation on the 90 training images, 30 groups kept together'
+    """
+    text = format_note(protocol)
+    if isinstance(protocol, str):
+        return text
+    text += f", {protocol['groups']:,} groups kept together" if "groups" in protocol else ""
+    return text + (f", and scaled to {protocol['scaled_to']:,}" if "scaled_to" in protocol else "")
+
+
 def format_note(note: Note | str) -> str:
-    """The text of a note.
+    """Describe a note on a result.
 
     Parameters
     ----------
@@ -73,27 +107,3 @@ def _format_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return ", ".join(f"{count:,} {reason}" for reason, count in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-
-
-def format_comparison(comparison: Mapping[str, Any]) -> str:
-    """Say in one sentence whether fine-tuning helped.
-
-    Parameters
-    ----------
-    comparison : mapping
-        The number ``n`` of held-out images, the ``main`` metric, and for each of the ``metrics`` its ``name``, the
-        intervals of ``probe``, ``tuned`` and ``difference``, and ``p``.
-    """
-    row = next(row for row in comparison["metrics"] if row["name"] == comparison["main"])
-    probe, tuned, difference = (
-        Interval(*(math.nan if value is None else value for value in row[name]))
-        for name in ("probe", "tuned", "difference")
-    )
-    change = f"{METRICS[row['name']].title.lower()} {probe} → {tuned}"
-    images = f"{comparison['n']} held-out images"
-    if difference.value == 0:
-        return f"fine-tuned is neither better nor worse than the probe on {images}: {change}"
-    direction = "better" if METRICS[row["name"]].gain(difference.value) > 0 else "worse"
-    is_sure = difference.low > 0 or difference.high < 0
-    caveat = "" if is_sure else ", which may be chance"
-    return f"fine-tuned is {direction} than the probe on {images}{caveat}: {change}, p = {row['p']:.2g}"

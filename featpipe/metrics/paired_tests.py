@@ -21,7 +21,7 @@ from featpipe.metrics.intervals import (
     make_interval,
 )
 from featpipe.metrics.metrics import compute_metrics
-from featpipe.metrics.scores import nan_to_none
+from featpipe.runtime import nan_to_none
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.metrics.intervals import Interval, format_score
+from featpipe.runtime import nan_to_none
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,6 @@ class Scores:
             if len(self.classes) > limit:
                 lines.append(f"the {limit} weakest of {len(self.classes):,}")
         return "\n".join(lines)
-
-
-def nan_to_none(value: Any) -> Any:
-    """A value with None in the place of NaN and infinity, which JSON lacks; lists and mappings item by item."""
-    if isinstance(value, Mapping):
-        return {key: nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _HEADINGS = {"name": "", "support": "rows", "average_precision": "avg. precision"}

@@ -70,6 +70,10 @@ class PredictionReceipt:
         Digest of the file.
     unread : str or None
         Digest of the models and the options, with the heads as bytes of the model files; None for models in memory.
+    mtime_ns : int or None
+        Modification time of the file.
+    command : str or None
+        Digest of the command that wrote the file; None for a call in Python.
     """
 
     request: str
@@ -80,6 +84,8 @@ class PredictionReceipt:
     bytes: int = 0
     sha256: str = ""
     unread: str | None = None
+    mtime_ns: int | None = None
+    command: str | None = None
 
     @property
     def is_deterministic(self) -> bool:
@@ -144,15 +150,17 @@ class PredictionRequest:
         image_digests : ndarray of shape (n, 32), uint8
         status : mapping from str to int
         """
+        stat = path.stat()
         receipt = PredictionReceipt(
             self._digest,
             self._ids,
             _hash_image_digests(image_digests),
             self._stamps,
             dict(status),
-            path.stat().st_size,
+            stat.st_size,
             hash_file(path),
             self._unread_digest,
+            stat.st_mtime_ns,
         )
         _dump_receipt(path, receipt)
 

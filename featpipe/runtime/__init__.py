@@ -8,7 +8,7 @@ from featpipe.runtime.deadline import Deadline, parse_duration
 from featpipe.runtime.lazy import lazy_imports
 from featpipe.runtime.memory import MIN_TRACKED_BYTES, MemoryBudget, available_bytes
 from featpipe.runtime.progress import Progress, ProgressBar, ProgressCallback, ignore_progress, in_notebook
-from featpipe.runtime.text import format_duration, format_error, format_size, format_table, printable
+from featpipe.runtime.text import format_duration, format_error, format_size, format_table, nan_to_none, printable
 from featpipe.runtime.threads import BlasThreadPool, limit_torch_threads, map_in_parallel, prefetch
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "lazy_imports",
     "limit_torch_threads",
     "map_in_parallel",
+    "nan_to_none",
     "parse_duration",
     "prefetch",
     "printable",

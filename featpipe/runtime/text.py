@@ -1,9 +1,11 @@
-"""Text formatting: sizes, durations, aligned tables, errors, printable names."""
+"""Formatting: sizes, durations, aligned tables, errors, printable names, and values that JSON can hold."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_CELL_CHARACTERS = 110
 
@@ -82,3 +84,12 @@ def _truncate_cell(text: str) -> str:
 
 def _get_display_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
+
+
+def nan_to_none(value: Any) -> Any:
+    """A value with None in the place of NaN and infinity, which JSON lacks; lists and mappings item by item."""
+    if isinstance(value, Mapping):
+        return {key: nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -44,11 +44,13 @@ def record_output(path: Path, command: str) -> None:
     ------
     OSError
     """
-    document = _read_receipt(path)
+    recorded = _read_receipt(path)
     stat = path.stat()
+    document = {"format": OUTPUT_RECEIPT_FORMAT, **recorded, "command": command}
     if document.get("bytes") != stat.st_size or document.get("mtime_ns") != stat.st_mtime_ns:
         document |= {"bytes": stat.st_size, "sha256": hash_file(path), "mtime_ns": stat.st_mtime_ns}
-    document = {"format": OUTPUT_RECEIPT_FORMAT, **document, "command": command}
+    if document == recorded:
+        return
     with atomic_write(make_receipt_path(path), text=True) as file:
         json.dump(document, file, indent=1)
 

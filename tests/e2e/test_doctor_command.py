@@ -21,7 +21,7 @@ def report(tmp_path):
     return run
 
 
-def result_of(report, name):
+def find_result(report, name):
     return next(check["result"] for check in report["checks"] if check["name"] == name)
 
 
@@ -78,7 +78,7 @@ def test_little_memory_and_a_full_disk_are_problems(report, tmp_path, monkeypatc
 
 def test_a_folder_that_does_not_exist_is_not_made(report, tmp_path):
     folder = tmp_path / "new" / "cache"
-    assert result_of(report(folder), "folder of caches") == f"{folder} (does not exist yet)"
+    assert find_result(report(folder), "folder of caches") == f"{folder} (does not exist yet)"
     assert not folder.parent.exists()
 
 
@@ -98,8 +98,8 @@ def test_a_driver_without_a_torch_that_can_use_it_is_a_problem(report, monkeypat
 
 def test_caches_are_counted_and_damaged_ones_are_problems(report, tmp_path, make_cache):
     shutil.copy(make_cache({"ant": 20}, 0).path, tmp_path / "a.h5")
-    assert result_of(report(), "caches").startswith("1: 20 rows, ")
+    assert find_result(report(), "caches").startswith("1: 20 rows, ")
     (tmp_path / "b.h5").write_bytes(b"not HDF5")
     [problem] = report(code=1)["problems"]
     assert problem.startswith(f"{tmp_path}/b.h5: ")
-    assert result_of(report(code=1), "caches").startswith("1: 20 rows, ")
+    assert find_result(report(code=1), "caches").startswith("1: 20 rows, ")

@@ -101,7 +101,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def has_predictions_of(path: Path, model: Model, photos: Path, prefix: str = "") -> bool:
+def has_predictions(path: Path, model: Model, photos: Path, prefix: str = "") -> bool:
     """Whether a file has the predictions of the model, bit for bit, in the order of the folder."""
     files = sorted(photos.rglob("*.jpg"))
     rows = read_rows(path)
@@ -134,7 +134,7 @@ def test_an_interrupted_prediction_resumes_and_gives_the_same_file(
     forward_passes.clear()
     assert predict(model, photos, out, workers=1) == {"ok": 18}
     assert sum(forward_passes) == 18 - n_finished
-    assert has_predictions_of(out, model, photos)
+    assert has_predictions(out, model, photos)
     assert sorted(path.name for path in tmp_path.glob("*p.csv*")) == [".p.csv.made.json", "p.csv"]
 
 
@@ -148,7 +148,7 @@ def test_another_model_or_other_options_resume_from_the_same_parts(
     forward_passes.clear()
     predict(other_model, photos, out, workers=1, top=1)
     assert sum(forward_passes) == 18 - n_finished < 18
-    assert has_predictions_of(out, other_model, photos)
+    assert has_predictions(out, other_model, photos)
     assert {len(json.loads(row["top"])) for row in read_rows(out)} == {1}
 
 
@@ -164,7 +164,7 @@ def test_another_backbone_does_not_resume_from_the_parts(
     forward_passes.clear()
     predict(stranger, photos, tmp_path / "p.csv")
     assert sum(forward_passes) == 18
-    assert has_predictions_of(tmp_path / "p.csv", stranger, photos)
+    assert has_predictions(tmp_path / "p.csv", stranger, photos)
     assert not (tmp_path / "p.csv.parts").exists()
 
 
@@ -176,7 +176,7 @@ def test_images_that_changed_in_the_meantime_are_embedded_again(
     (photos / "ape" / "00.jpg").write_bytes(jpeg(77))
     (photos / "ape" / "01.jpg").rename(photos / "ape" / "00a.jpg")
     predict(model, photos, tmp_path / "p.csv")
-    assert has_predictions_of(tmp_path / "p.csv", model, photos)
+    assert has_predictions(tmp_path / "p.csv", model, photos)
 
 
 def test_repeated_predictions_with_a_time_limit_finish_eventually(
@@ -191,7 +191,7 @@ def test_repeated_predictions_with_a_time_limit_finish_eventually(
         assert len(messages) < 9
     assert messages
     assert all("finished work is kept: run the same command again" in text for text in messages)
-    assert has_predictions_of(tmp_path / "p.csv", model, photos)
+    assert has_predictions(tmp_path / "p.csv", model, photos)
 
 
 def test_a_time_limit_stops_an_extraction_after_a_batch(
@@ -262,10 +262,10 @@ def test_images_that_changed_under_the_same_name_are_predicted_again(
 ) -> None:
     (photos / "ape" / "00.jpg").write_bytes(jpeg(77))
     assert predict_again() == 18
-    assert has_predictions_of(tmp_path / "p.csv", model, photos)
+    assert has_predictions(tmp_path / "p.csv", model, photos)
     (photos / "ape" / "00.jpg").rename(photos / "ape" / "new.jpg")
     assert predict_again() == 18
-    assert has_predictions_of(tmp_path / "p.csv", model, photos)
+    assert has_predictions(tmp_path / "p.csv", model, photos)
 
 
 def test_images_that_change_without_a_new_modification_time_are_predicted_again(
@@ -295,7 +295,7 @@ def test_another_head_rewrites_the_file(
     same_named_model = train(FeatureCache(trained_folder / "a.h5"), params={"C": 3.0}).attach(model.backbone)
     assert same_named_model.classes == model.classes
     assert predict_again(same_named_model) == 18
-    assert has_predictions_of(tmp_path / "p.csv", same_named_model, photos)
+    assert has_predictions(tmp_path / "p.csv", same_named_model, photos)
 
 
 def test_an_edited_file_or_a_missing_or_damaged_receipt_is_written_again(
@@ -373,8 +373,8 @@ def test_another_model_on_cached_images_needs_no_forward_pass(
     predict(other_model, photos, tmp_path / "q.csv", cache=tmp_path / "c")
     predict(model, photos, tmp_path / "p.jsonl", cache=tmp_path / "c")
     assert sum(forward_passes) == 18
-    assert has_predictions_of(tmp_path / "p.csv", model, photos)
-    assert has_predictions_of(tmp_path / "q.csv", other_model, photos)
+    assert has_predictions(tmp_path / "p.csv", model, photos)
+    assert has_predictions(tmp_path / "q.csv", other_model, photos)
 
 
 def test_standard_output_with_a_cache_equals_the_file(
