@@ -56,8 +56,8 @@ class OutputClaim:
             )
         if target.is_file() and not self.overwrite and find_writer(target) != self.command:
             raise ConfigError(
-                f"{target}: exists and was not written by this command, or was changed since; choose another {option}, "
-                "or pass --overwrite"
+                f"{target}: exists and was not written by this command with these settings, or was changed since; "
+                f"choose another {option}, or pass --overwrite"
             )
         self.paths.append(target)
         return target
